@@ -1,0 +1,179 @@
+"""GPT-2, from token ids to logits, in one file.
+
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). A stack of identical blocks reads and
+writes one vector per token, the residual stream:
+
+    x = wte[ids] + wpe[positions]          token and position embedding
+    x = x + attn(ln_1(x))                  tokens exchange information
+    x = x + mlp(ln_2(x))                   each token thinks for itself         ... n_layer times
+    logits = ln_f(x) @ wte.T               the head is the token embedding again ("tied")
+
+Attribute names are the checkpoint's own (`h.0.attn.c_attn.weight`), so that loading needs no table of names.
+The 0.1 dropout of GPT-2's pretraining is not applied: fine-tuning regularises in the adapter (lora.py).
+
+What the activations cost. Backward needs, for each token and layer in 16 bit: the inputs of the two norms (4C bytes),
+the input of the adapter (2C), q, k, v (6C), attention's output (2C) and GELU's input (8C): 22C bytes. GPT-2 124M
+(C = 768, 12 layers), 4 x 512 tokens: 22 * 768 * 12 * 2048 = 415 MB, more than its 249 MB of weights. `ckpt_every`
+trades most of that for a second forward of the layer: a recomputed layer keeps its 2C bytes of input, no more.
+
+Shapes: B batch, T time, C n_embd, H heads, D head_dim (C = H * D), F n_inner, V vocab.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.json -> F.gelu(approximate=)
+
+# config.json keys that do not change what the model computes when it runs or is fine-tuned.
+HARMLESS = set("""architectures model_type transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
+    attn_pdrop embd_pdrop resid_pdrop initializer_range n_ctx use_cache return_dict id2label label2id
+    chunk_size_feed_forward task_specific_params gradient_checkpointing""".split())
+
+
+@dataclass
+class Config:
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 12
+    head_dim: int = 64
+    n_embd: int = 768
+    n_inner: int = 3072
+    norm_eps: float = 1e-5
+    activation: str = "gelu_new"
+    tied_head: bool = True
+
+    @classmethod
+    def from_json(cls, c: dict) -> "Config":
+        """Read a checkpoint's config.json. Raises ValueError for any option that this file does not implement."""
+        c = {k: v for k, v in c.items() if k not in HARMLESS and not k.startswith(("_", "summary_"))}
+        d = cls(vocab_size=c.pop("vocab_size"), n_positions=c.pop("n_positions"), n_layer=c.pop("n_layer"),
+                n_head=c.pop("n_head"), n_embd=c.pop("n_embd"), norm_eps=c.pop("layer_norm_epsilon", 1e-5),
+                activation=c.pop("activation_function", "gelu_new"), tied_head=c.pop("tie_word_embeddings", True))
+        d.n_kv_head, d.head_dim, d.n_inner = d.n_head, d.n_embd // d.n_head, c.pop("n_inner", None) or 4 * d.n_embd
+        if d.n_embd % d.n_head:
+            raise ValueError(f"n_embd {d.n_embd} is not divisible by n_head {d.n_head}")
+        if d.activation not in ACTIVATIONS:
+            raise ValueError(f"activation_function {d.activation!r} is not implemented (only {', '.join(ACTIVATIONS)})")
+        if not c.pop("scale_attn_weights", True):
+            raise ValueError("scale_attn_weights: false is not implemented")
+        for key, value in c.items():  # an option left at null, false or empty is switched off
+            if value:
+                raise ValueError(f"option {key!r}: {value!r} is not implemented by gpt2.py")
+        return d
+
+
+class Conv1D(nn.Module):
+    """y = x W + b with W stored (in, out): a Linear's weight, transposed. GPT-2's checkpoints have it that way."""
+
+    fan_in_fan_out = True  # PEFT's name for this layout; lora.py reads it
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.t(), self.bias)  # t() is a view: no copy
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        C = config.n_embd
+        self.layer, self.n_head, self.head_dim = layer, config.n_head, config.head_dim
+        self.c_attn = Conv1D(C, 3 * C)  # q, k and v from one matrix product
+        self.c_attn.parts = {"q": C, "k": C, "v": C}  # so that an adapter can sit on q and v alone
+        self.c_proj = Conv1D(C, C)
+
+    def forward(self, x, segments=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # every token so far; x is the prompt, or one new token
+        if segments is None:
+            # Causal attention needs no padding mask: padding stands on the right, where no real token looks.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        else:  # a packed row: attention example by example, so the work is sum(t^2) and nothing crosses a border
+            y = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True)
+                           for qkv in zip(q.split(segments, 2), k.split(segments, 2), v.split(segments, 2))], dim=2)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.c_fc = Conv1D(config.n_embd, config.n_inner)
+        self.c_proj = Conv1D(config.n_inner, config.n_embd)
+        self.approximate = ACTIVATIONS[config.activation]
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))  # (B, T, C) -> (B, T, F) -> (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, segments=None, cache=None):
+        x = x + self.attn(self.ln_1(x), segments, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """GPT-2 small to XL. See the design's "model's face": Config, hidden, head, forward, ckpt_every."""
+
+    prefix = "transformer."  # newer checkpoints and PEFT adapters put this before every name
+    default_targets = ("c_attn.q", "c_attn.v")
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.ckpt_every = config, 0
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self):
+        """One matrix in two roles: 50257 x 768 weights of GPT-2 124M stored (and counted) once, not twice."""
+        if self.config.tied_head:
+            self.lm_head.weight = self.wte.weight
+
+    @property
+    def head(self):
+        return self.lm_head
+
+    @property
+    def blocks(self):
+        return self.h
+
+    def hidden(self, ids, positions=None, segments=None, cache=None):
+        """Token ids (B, T) -> the final norm's output (B, T, C).
+
+        positions: (B, T) or (T,), default 0..T-1 (after what the cache holds). segments: lengths of the examples of a
+        packed row (then B is 1). cache: generate.KVCache.
+        """
+        if positions is None:
+            past = cache.length if cache is not None else 0
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+        x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
+        for i, block in enumerate(self.h):
+            if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():
+                x = checkpoint(block, x, segments, cache, use_reentrant=False)  # keep x, recompute the rest
+            else:
+                x = block(x, segments, cache)
+        return self.ln_f(x)
+
+    def forward(self, ids, positions=None, segments=None, cache=None):
+        return self.head(self.hidden(ids, positions, segments, cache))  # (B, T, V)

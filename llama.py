@@ -1,0 +1,237 @@
+"""LLaMA 1, 2, 3, 3.1, 3.2, TinyLlama, SmolLM2, from token ids to logits, in one file.
+
+Touvron et al., "LLaMA" (2023, arXiv:2302.13971) and "Llama 2" (arXiv:2307.09288). What differs from gpt2.py:
+
+* RMSNorm instead of LayerNorm: no mean, no bias.
+* Rotary positions (RoPE) turn q and k inside attention; there is no position embedding to run out of.
+* SwiGLU instead of GELU: silu(gate(x)) * up(x), three matrices of F = 8/3 C instead of two of 4C.
+* Grouped-query attention: K key/value heads serve H query heads, H / K each (Llama 2 70B, all of Llama 3).
+* q, k and v are three Linear layers without bias, stored (out, in); the head is tied only in the small models.
+
+What the activations cost, a token and layer, in 16 bit and without checkpointing: the two norm inputs (4C bytes),
+the adapters' input (2C), q, k, v (2C + 4KD), attention's output (2C), SwiGLU's gate and up (4F).
+LLaMA-7B (C = KD = 4096, F = 11008, 32 layers): 102 kB a layer, 3.3 MB a token: 1.7 GB for 512 tokens.
+
+Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head_dim, F n_inner, V vocab.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# config.json keys that do not change what the model computes when it runs or is fine-tuned.
+HARMLESS = set("""architectures model_type transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
+    unk_token_id initializer_range attention_dropout use_cache return_dict id2label label2id chunk_size_feed_forward
+    max_sequence_length pretraining_tp task_specific_params gradient_checkpointing""".split())
+
+
+@dataclass
+class Config:
+    vocab_size: int = 32000
+    n_positions: int = 2048
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_head: int = 32
+    head_dim: int = 128
+    n_embd: int = 4096
+    n_inner: int = 11008
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ...}
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tied_head: bool = False
+
+    @classmethod
+    def from_json(cls, c: dict) -> "Config":
+        """Read a checkpoint's config.json. Raises ValueError for any option that this file does not implement."""
+        c = {k: v for k, v in c.items() if k not in HARMLESS and not k.startswith("_")}
+        rope = {**(c.pop("rope_scaling", None) or {}), **(c.pop("rope_parameters", None) or {})}  # old, new spelling
+        theta = rope.pop("rope_theta", None) or c.pop("rope_theta", None) or 10000.0
+        c.pop("rope_theta", None)
+        n_embd, n_head = c.pop("hidden_size"), c.pop("num_attention_heads")
+        d = cls(vocab_size=c.pop("vocab_size"), n_positions=c.pop("max_position_embeddings", 2048),
+                n_layer=c.pop("num_hidden_layers"), n_head=n_head, n_embd=n_embd,
+                n_kv_head=c.pop("num_key_value_heads", None) or n_head, head_dim=c.pop("head_dim", None) or n_embd // n_head,
+                n_inner=c.pop("intermediate_size"), norm_eps=c.pop("rms_norm_eps", 1e-6),
+                rope_theta=theta, rope_scaling=read_rope_scaling(rope), attention_bias=c.pop("attention_bias", False),
+                mlp_bias=c.pop("mlp_bias", False), tied_head=c.pop("tie_word_embeddings", False))
+        if d.n_head % d.n_kv_head:
+            raise ValueError(f"num_attention_heads {n_head} is not divisible by num_key_value_heads {d.n_kv_head}")
+        if (act := c.pop("hidden_act", "silu")) != "silu":
+            raise ValueError(f"hidden_act {act!r} is not implemented (only silu)")
+        for key, value in c.items():  # an option left at null, false or empty is switched off
+            if value:
+                raise ValueError(f"option {key!r}: {value!r} is not implemented by llama.py")
+        return d
+
+
+def read_rope_scaling(rope: dict) -> dict | None:
+    """Check config.json's rope_scaling (old) or rope_parameters (new) and return it with the key `rope_type`."""
+    rope = dict(rope)
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)  # the oldest spelling of rope_type
+    keys = {"default": set(), "linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor",
+                                                              "original_max_position_embeddings"}}
+    if kind not in keys:
+        raise ValueError(f"rope_scaling of type {kind!r} is not implemented (only linear and llama3)")
+    if missing := keys[kind] - rope.keys():
+        raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(sorted(missing))}")
+    if extra := {k: v for k, v in rope.items() if k not in keys[kind] and v}:
+        raise ValueError(f"rope_scaling option {extra} is not implemented for type {kind!r}")
+    return None if kind == "default" else {"rope_type": kind, **rope}
+
+
+def rope_tables(config: Config, positions):
+    """cos and sin (..., T, 1, D/2) of position * theta^(-2i/D) (RoFormer, arXiv:2104.09864, eq. 15), in float32.
+
+    Made anew for each forward (T * D/2 numbers; they serve every layer) rather than kept as a buffer, so that no
+    `.to(bfloat16)` reaches them: bfloat16 has 8 bits of mantissa, and at position 4001 would round the angle by up to 8.
+    """
+    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
+    if s := config.rope_scaling:
+        if s["rope_type"] == "linear":  # positions squeezed: 4096 trained positions reach factor * 4096
+            freq = freq / s["factor"]
+        else:  # Llama 3.1: divide the slow frequencies by factor, keep the fast ones, blend in between
+            turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # over the pretraining context
+            keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+            keep = keep.clamp(0, 1)
+            freq = keep * freq + (1 - keep) * freq / s["factor"]
+    with torch.autocast(positions.device.type, enabled=False):
+        angle = positions.float()[..., None, None] * freq  # (..., T, 1, D/2)
+        return angle.cos(), angle.sin()
+
+
+def rope(x, cos, sin):
+    """Turn the pairs (x[i], x[i + D/2]) of x (B, T, H, D): the "split-half" pairing of Hugging Face's checkpoints.
+
+    Meta's original files pair (x[2i], x[2i + 1]); mixing the two up gives fluent garbage.
+    """
+    a, b = x.chunk(2, dim=-1)  # 16-bit x times float32 tables is computed in float32
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """y = w * x / sqrt(mean(x^2) + eps) (arXiv:1910.07467); the mean is taken in float32."""
+
+    def __init__(self, n_embd: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_embd))
+        self.eps = eps
+
+    def forward(self, x):
+        r = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x.float() * r).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        C, H, K, D, bias = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.attention_bias
+        self.layer, self.head_dim, self.groups = layer, D, H // K
+        self.q_proj = nn.Linear(C, H * D, bias=bias)
+        self.k_proj = nn.Linear(C, K * D, bias=bias)
+        self.v_proj = nn.Linear(C, K * D, bias=bias)
+        self.o_proj = nn.Linear(H * D, C, bias=bias)
+
+    def forward(self, x, cos, sin, segments=None, cache=None):
+        B, T, C = x.shape
+        q = rope(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = rope(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # every token so far; x is the prompt, or one new token
+        gqa = self.groups > 1
+        if segments is None:
+            # Causal attention needs no padding mask: padding stands on the right, where no real token looks.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
+        else:  # a packed row: attention example by example, so the work is sum(t^2) and nothing crosses a border
+            y = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa)
+                           for qkv in zip(q.split(segments, 2), k.split(segments, 2), v.split(segments, 2))], dim=2)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        C, F_, bias = config.n_embd, config.n_inner, config.mlp_bias
+        self.gate_proj = nn.Linear(C, F_, bias=bias)
+        self.up_proj = nn.Linear(C, F_, bias=bias)
+        self.down_proj = nn.Linear(F_, C, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C) -> (B, T, F) -> (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, segments=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, segments, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """What the checkpoint calls `model.`: everything but the head."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+
+
+class Llama(nn.Module):
+    """The LLaMA family. See the design's "model's face": Config, hidden, head, forward, ckpt_every."""
+
+    prefix = ""  # the names below are the checkpoint's, whole
+    default_targets = ("q_proj", "v_proj")
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.ckpt_every = config, 0
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self):
+        """Llama 3.2 1B: 128256 x 2048 head weights shared with the embedding, 263M of its 1,236M parameters."""
+        if self.config.tied_head:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def head(self):
+        return self.lm_head
+
+    @property
+    def blocks(self):
+        return self.model.layers
+
+    def hidden(self, ids, positions=None, segments=None, cache=None):
+        """Token ids (B, T) -> the final norm's output (B, T, C).
+
+        positions: (B, T) or (T,), default 0..T-1 (after what the cache holds). segments: lengths of the examples of a
+        packed row (then B is 1). cache: generate.KVCache.
+        """
+        if positions is None:
+            past = cache.length if cache is not None else 0
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+        cos, sin = rope_tables(self.config, positions)
+        x = self.model.embed_tokens(ids)  # (B, T, C)
+        for i, block in enumerate(self.model.layers):
+            if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, segments, cache, use_reentrant=False)  # keep x, recompute the rest
+            else:
+                x = block(x, cos, sin, segments, cache)
+        return self.model.norm(x)
+
+    def forward(self, ids, positions=None, segments=None, cache=None):
+        return self.head(self.hidden(ids, positions, segments, cache))  # (B, T, V)

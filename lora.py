@@ -1,0 +1,271 @@
+"""LoRA: train a model by training small adapters beside its frozen matrices.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), eq. 3:
+
+    h = W x + (alpha / r) B A x        W (out, in) frozen,  A (r, in) random,  B (out, r) zero:  training starts at W
+
+Why it saves memory. A trained weight costs 16 bytes: 4 itself, 4 gradient, 8 for AdamW's two moments. A frozen one costs
+2 (in 16 bit). GPT-2 124M, r = 8 on q and v: A and B are 8 * (768 + 768) numbers for each of 24 matrices, 294,912 in all:
+
+    full fine-tuning   124,439,808 * 16                   = 1991 MB
+    LoRA               124,439,808 * 2 + 294,912 * 16     =  254 MB      LLaMA-7B, r = 16: 107.8 GB against 13.6 GB
+
+GPT-2 keeps q, k and v in one matrix `c_attn`. An adapter on its q and v thirds is one adapter whose A is the two A's
+stacked (2r, in) and whose B is block diagonal, with nothing in k's rows:
+
+    B = | B_q  0  |      which is how it is saved, so that PEFT, which knows only whole matrices,
+        |  0   0  |      loads it as a c_attn adapter of rank 2r with alpha doubled (the same alpha / r).
+        |  0  B_v |
+
+Usage: python lora.py merge --model M --adapter DIR --out DIR [--dtype float32]       R below is the rank as saved.
+"""
+import argparse
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import weights
+from weights import UserError
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its adapter. `parts`: the row ranges of W with an adapter each, or None for all of W."""
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, parts=None):
+        super().__init__()
+        self.base_layer = base
+        self.r, self.alpha, self.dropout, self.rslora, self.parts = r, alpha, dropout, rslora, parts
+        # rsLoRA (arXiv:2312.03732): alpha / sqrt(r) keeps the adapter's output the same size at every rank.
+        self.scale = alpha / math.sqrt(r) if rslora else alpha / r
+        sizes = getattr(base, "parts", {})
+        self.rows = [sizes[p] for p in parts] if parts else [base.out_features]
+        self.skipped = [(p, n) for p, n in sizes.items()] if parts else []
+        device = base.weight.device
+        # Always float32: an update of 1e-4 to a bfloat16 weight of 0.05 rounds to nothing, and training stands still.
+        self.lora_A = nn.Parameter(torch.empty(r * len(self.rows), base.in_features, device=device))
+        self.lora_B = nn.ParameterList(torch.zeros(n, r, device=device) for n in self.rows)
+        for a in self.lora_A.split(r):
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as PEFT and the authors' code do
+
+    def B(self):
+        """The whole (out, R) matrix: block diagonal over the parts, zero rows for parts without an adapter."""
+        if not self.parts:
+            return self.lora_B[0]
+        own = dict(zip(self.parts, self.lora_B))
+        return torch.block_diag(*[own[p] if p in own else self.lora_A.new_zeros(n, 0) for p, n in self.skipped])
+
+    def forward(self, x):
+        h = self.base_layer(x)  # (..., out)
+        z = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., R)
+        return h + F.linear(z * self.scale, self.B().to(x.dtype))
+
+    def delta(self):
+        """(alpha / r) B A, laid out like the base weight."""
+        d = self.scale * (self.B() @ self.lora_A)  # (out, in)
+        return d.t() if getattr(self.base_layer, "fan_in_fan_out", False) else d
+
+    @property
+    def weight(self):
+        """W + (alpha / r) B A, for a head that carries an adapter: loss.py multiplies by the head's weight itself."""
+        w = self.base_layer.weight
+        return (w + self.delta()).to(w.dtype)
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+
+def is_linear(module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets=None, rslora: bool = False):
+    """Put adapters on the linear layers that `targets` names and freeze every other weight.
+
+    targets: names such as ["q_proj", "v_proj"] or ["c_attn"] (a layer matches when its name ends so), ["c_attn.q"] for
+    one part of a fused matrix, "all" for every linear layer of the blocks; None for Q and V. Returns the model.
+    Raises UserError for r < 1, dropout outside [0, 1) and a target that matches nothing.
+    """
+    if r < 1:
+        raise UserError(f"--lora-r {r}: the rank must be at least 1 (or train every weight with --full)")
+    if not 0 <= dropout < 1:
+        raise UserError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise UserError("this model has adapters already; merge them first")
+    model.requires_grad_(False)
+    linears = {n: m for n, m in model.named_modules() if is_linear(m)}
+    targets = [targets] if isinstance(targets, str) else list(targets or model.default_targets)
+    chosen: dict[str, list[str]] = {}  # layer name -> parts; an empty list is the whole layer
+    for target in targets:
+        before = len(chosen), sum(map(len, chosen.values()))
+        for name, linear in linears.items():
+            if target == "all":
+                if not name.endswith("lm_head"):
+                    chosen[name] = []
+            elif name == target or name.endswith("." + target):
+                chosen[name] = []
+            else:
+                layer, _, part = target.rpartition(".")
+                if layer and part in getattr(linear, "parts", {}) and (name == layer or name.endswith("." + layer)):
+                    if chosen.get(name) != []:
+                        chosen.setdefault(name, []).append(part)
+        if before == (len(chosen), sum(map(len, chosen.values()))):
+            known = sorted({n.rsplit(".", 1)[-1] for n in linears} |
+                           {f"{n.rsplit('.', 1)[-1]}.{p}" for n, m in linears.items() for p in getattr(m, "parts", {})})
+            raise UserError(f"--lora-targets {target}: matches no (further) layer; this model has {', '.join(known)}, all")
+    for name, parts in chosen.items():
+        parts = tuple(p for p in linears[name].parts if p in parts) if parts else None  # in the matrix's order
+        replace(model, name, LoRALinear(linears[name], r, alpha, dropout, rslora, parts))
+    return model
+
+
+def replace(model: nn.Module, name: str, module: nn.Module):
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+# ---------------------------------------------------------------------------------------------- PEFT's files
+
+def save(model: nn.Module, folder):
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does. Only the adapters: MBs, not GBs."""
+    found = adapters(model)
+    if not found:
+        raise UserError(f"{folder}: nothing to save, the model has no adapters")
+    tensors, one = {}, next(iter(found.values()))
+    for name, m in found.items():
+        key = f"base_model.model.{weights.checkpoint_name(model, name)}"
+        tensors[f"{key}.lora_A.weight"] = m.lora_A
+        tensors[f"{key}.lora_B.weight"] = m.B()
+    rank = one.lora_A.shape[0]  # r, or r * number of parts; alpha grows so that the scale stays
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": getattr(model, "source", None),
+        "r": rank, "lora_alpha": one.scale * (math.sqrt(rank) if one.rslora else rank), "lora_dropout": one.dropout,
+        "use_rslora": one.rslora, "target_modules": sorted(found), "bias": "none", "modules_to_save": None,
+        "fan_in_fan_out": getattr(one.base_layer, "fan_in_fan_out", False), "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    # PEFT ignores a file's metadata; load() finds there which parts a fused matrix's adapter is made of.
+    parts = json.dumps({n: m.parts for n, m in found.items() if m.parts})
+    weights.write_tensors(Path(folder) / "adapter_model.safetensors", tensors, {"parts": parts})
+    weights.write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+# adapter_config.json options that change the arithmetic and are not implemented: refused unless switched off.
+UNSUPPORTED = ("use_dora", "modules_to_save", "alpha_pattern", "layers_pattern", "megatron_config", "trainable_token_indices",
+               "lora_bias", "layer_replication", "exclude_modules", "use_qalora", "alora_invocation_tokens", "target_parameters")
+
+
+def load(model: nn.Module, folder):
+    """Inject the adapters that `folder` holds (PEFT's layout, written here or by PEFT) and load them. Returns the model.
+
+    Strict both ways: every tensor must find its layer and every layer both of its tensors. Raises UserError.
+    """
+    folder = Path(folder)
+    config, path = weights.read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder}: peft_type {config.get('peft_type')!r} is not LORA")
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise UserError(f"{folder / 'adapter_config.json'}: option {key}: {config[key]!r} is not implemented")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{folder / 'adapter_config.json'}: bias {config['bias']!r} is not implemented (only none)")
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise UserError("this model has adapters already; merge them first")
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(f"{folder / 'adapter_model.bin'}: pickle weights are not loaded; save the adapter as safetensors")
+    with weights.opened(path) as f:
+        tensors = {k: f.get_tensor(k).float() for k in f.keys()}
+        all_parts = json.loads((f.metadata() or {}).get("parts", "{}"))
+    linears = {n: m for n, m in model.named_modules() if is_linear(m)}
+    places = {f"base_model.model.{weights.checkpoint_name(model, n)}": n for n in linears}
+    found: dict[str, dict] = {}
+    for key, tensor in tensors.items():
+        layer, _, kind = key.removesuffix(".weight").rpartition(".")
+        if kind not in ("lora_A", "lora_B") or layer not in places:
+            raise UserError(f"{path}: tensor {key} has no place in this model")
+        found.setdefault(places[layer], {})[kind] = tensor
+    if not found:
+        raise UserError(f"{path}: the adapter is empty")
+    model.requires_grad_(False)
+    for name, ab in found.items():
+        base, parts = linears[name], tuple(all_parts.get(name, ())) or None
+        if ab.keys() != {"lora_A", "lora_B"}:
+            raise UserError(f"{path}: layer {name} has {' and '.join(ab)} only")
+        a, b = ab["lora_A"], ab["lora_B"]
+        if a.shape[1] != base.in_features or b.shape[0] != base.out_features or a.shape[0] != b.shape[1]:
+            raise UserError(f"{path}: layer {name} is ({base.out_features}, {base.in_features}), "
+                            f"its adapter B {list(b.shape)}, A {list(a.shape)}")
+        n_parts = len(parts or (0,))
+        saved = config["lora_alpha"]  # for the rank as saved; the parts' own alpha keeps the scale
+        rslora = config.get("use_rslora", False)
+        alpha = saved / (math.sqrt(n_parts) if rslora else n_parts)
+        module = LoRALinear(base, a.shape[0] // n_parts, alpha, config.get("lora_dropout", 0.0), rslora, parts)
+        with torch.no_grad():
+            module.lora_A.copy_(a)
+            row = dict(zip((p for p, _ in module.skipped), torch.tensor([0, *[n for _, n in module.skipped]]).cumsum(0).tolist()))
+            for i, (p, own) in enumerate(zip(parts or (None,), module.lora_B)):
+                start = row[p] if parts else 0
+                own.copy_(b[start:start + own.shape[0], i * module.r:(i + 1) * module.r])
+            if not torch.equal(module.B().cpu(), b):
+                raise UserError(f"{path}: layer {name}: B is not block diagonal over {', '.join(parts)}")
+        replace(model, name, module)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- merging
+
+def merge(model: nn.Module):
+    """W <- W + (alpha / r) B A, and the adapters are gone: the model is a plain one again, as fast as before.
+
+    Explicit and idempotent (merging inside eval() has merged twice, or not at all, elsewhere). Only into float32:
+    a 16-bit W would round the small delta away, another model than the one that was trained. Returns the model.
+    """
+    for name, m in adapters(model).items():
+        if m.base_layer.weight.dtype != torch.float32:
+            raise UserError(f"{name} is held in {str(m.base_layer.weight.dtype).removeprefix('torch.')}: merging into it "
+                            f"would not be exact; load the model with bits=32 and its adapter, then merge")
+    for name, m in adapters(model).items():
+        # A new tensor, not +=: a tied head's weight is the embedding too, and only the head is adapted.
+        m.base_layer.weight = nn.Parameter((m.base_layer.weight + m.delta()).detach(), requires_grad=False)
+        replace(model, name, m.base_layer)
+        if name.endswith("lm_head"):
+            model.config.tied_head = False
+    return model
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="lora.py", description="Merge an adapter into its model: a plain Hugging Face folder.")
+    sub = p.add_subparsers(dest="command", required=True)
+    m = sub.add_parser("merge", help="write the merged model")
+    m.add_argument("--model", required=True, help="short name, hub repository or folder of the base model")
+    m.add_argument("--adapter", required=True, help="folder with adapter_model.safetensors and adapter_config.json")
+    m.add_argument("--out", required=True, help="folder to write; must not exist")
+    m.add_argument("--dtype", choices=weights.DTYPES, default="float32", help="type of the written weights")
+    a = p.parse_args(argv)
+    with weights.new_folder(a.out) as tmp:
+        model = merge(load(weights.load(a.model, bits=32), a.adapter))
+        for f in weights.TOKENIZER_FILES:  # the template and the end token that the adapter was trained with
+            if (Path(a.adapter) / f).is_file():
+                shutil.copyfile(Path(a.adapter) / f, tmp / f)
+        weights.save(model, tmp, a.dtype)
+        size = (tmp / "model.safetensors").stat().st_size
+    print(f"{a.out}: merged model, {size / 1e6:,.1f} MB in {a.dtype}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

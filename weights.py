@@ -1,0 +1,331 @@
+"""From a name to a loaded model: name -> folder -> config.json -> safetensors, tensor by tensor.
+
+A model is looked for in four places, in this order: the bundled `assets/`, a local folder, the hub's cache on this
+machine, the hub. Whatever the place, it is a folder in the Hugging Face layout:
+
+    config.json                                             the architecture (`model_type` chooses gpt2.py or llama.py)
+    model.safetensors, or *.safetensors + model.safetensors.index.json     the weights, in one file or in shards
+    tokenizer.json, tokenizer.model or vocab.json + merges.txt             read by data.py
+
+Loading is strict both ways: a tensor that is missing, unexpected or of another shape stops the run. (`strict=False` is
+how a LoRA run silently starts from random weights.) And it is small: the model is built on the "meta" device, without
+storage, then each tensor is read, cast and dropped in its place. LLaMA-7B in 16 bit peaks at its 13.5 GB + one tensor,
+where building it in float32 and calling load_state_dict would take 27 + 13.5 GB.
+"""
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import gpt2
+import llama
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama)}  # by config.json's model_type
+SHORT_NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-13b": "huggyllama/llama-13b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+}
+# Checkpoint entries that are not weights: masks and frequencies that old files carry along.
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend. Entry points print it as one line, without a traceback."""
+
+
+# ---------------------------------------------------------------------------------------------- name -> folder
+
+def find(name: str) -> Path:
+    """The folder that holds model `name`: a short name, a local folder or a hub repository. May download it."""
+    if (ASSETS / name / "config.json").is_file():
+        return ASSETS / name
+    if Path(name).is_dir():
+        return Path(name)
+    repo = SHORT_NAMES.get(name, name)
+    if repo.count("/") != 1 or repo.startswith((".", "/")) or repo.endswith("/"):
+        raise UserError(f"--model {name}: no such folder, and no short name ({', '.join(['gpt2-nano', *SHORT_NAMES])}); "
+                        f"a hub repository is written org/name")
+    return from_hub(name, repo)
+
+
+def from_hub(name: str, repo: str) -> Path:
+    """A complete snapshot in the hub's cache, without asking the network; otherwise download it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    wanted = dict(allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"], ignore_patterns=["*/*"])
+    for cached in (repo, repo.split("/")[1] if name in SHORT_NAMES else repo):  # GPT-2 used to be plain "gpt2"
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = Path(snapshot_download(cached, local_files_only=True, **wanted))
+            if is_complete(folder):
+                return folder
+    ways_on = f"--model accepts a local folder with {repo}'s files, or gpt2-nano, which is bundled"
+    try:
+        return Path(snapshot_download(repo, **wanted))
+    except GatedRepoError:
+        raise UserError(f"{repo} needs its licence accepted on the hub and your token in HF_TOKEN; {ways_on}") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{repo}: the hub has no such repository (or it is private: set HF_TOKEN); {ways_on}") from None
+    except Exception as e:  # the client's transport raises many kinds of its own; all mean: no model came
+        reason = (str(e).strip().splitlines() or [""])[0]
+        raise UserError(f"{repo} is not on this machine and could not be downloaded "
+                        f"({type(e).__name__}: {reason}); {ways_on}") from None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a cached snapshot has its config and every weight file (a cut-off download leaves some out)."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return all(f.is_file() for f in weight_files(folder))
+    except UserError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------- folder -> model
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def read_config(folder: Path):
+    """config.json -> (Config, model class, the raw dict)."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    if (kind := raw.get("model_type")) not in FAMILIES:
+        raise UserError(f"{path}: model_type {kind!r} is not supported (only {', '.join(FAMILIES)})")
+    config_class, model_class = FAMILIES[kind]
+    try:
+        return config_class.from_json(raw), model_class, raw
+    except KeyError as e:
+        raise UserError(f"{path}: key {e} is missing") from None
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path}: {e}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model. Pickle is refused: unpickling runs whatever code the file holds."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise UserError(f"{index}: no weight_map in it")
+        return [folder / f for f in sorted(set(shards.values()))]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if pickles := [f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in sorted(folder.glob(pattern))]:
+        raise UserError(f"{folder / pickles[0]}: pickle weights are not loaded, since a pickle can run any code. Convert: "
+                        f"transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors")
+    raise UserError(f"{folder}: no model.safetensors (nor model.safetensors.index.json) in it")
+
+
+def half_dtype(device) -> torch.dtype:
+    """The 16-bit type that `device` multiplies natively. Older cards *emulate* bfloat16, correct and very slow."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
+    """A model with its pretrained weights. name: short name, org/name or folder. bits: 32 (float32) or 16.
+
+    Raises UserError, naming the file and the tensor, for anything that is not exactly this model's set of weights.
+    """
+    if bits not in (16, 32):
+        raise UserError(f"--bits {bits}: only 32 and 16")
+    folder = find(str(name))
+    config, model_class, _ = read_config(folder)
+    with torch.device("meta"):
+        model = model_class(config)  # shapes, no storage
+    dtype = torch.float32 if bits == 32 else half_dtype(device)
+    expected = {n: p.shape for n, p in model.named_parameters()}  # a tied head is listed once, as the embedding
+    seen = set()
+    head = None
+    for path in weight_files(folder):
+        for key in tensor_names(path):
+            if key.endswith(NOT_WEIGHTS):
+                continue
+            n = key.removeprefix(model.prefix)
+            tied_head = n == "lm_head.weight" and config.tied_head
+            if n not in expected and not tied_head:
+                raise UserError(f"{path}: unexpected tensor {key}, which {folder / 'config.json'} has no place for")
+            tensor = read_tensor(path, key)
+            shape = model.lm_head.weight.shape if tied_head else expected[n]
+            if tensor.shape != shape:
+                raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+            if not tensor.is_floating_point():
+                raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; quantised checkpoints are not supported")
+            tensor = tensor.to(device=device, dtype=dtype, copy=True)
+            if tied_head:  # some files store the tied matrix twice; it must be the same one
+                head = tensor
+                continue
+            set_parameter(model, n, tensor)
+            seen.add(n)
+    if missing := [n for n in expected if n not in seen]:
+        raise UserError(f"{folder}: tensor {missing[0]} of shape {list(expected[missing[0]])} is missing"
+                        + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
+    model.tie()
+    if head is not None and not torch.equal(head, model.lm_head.weight):
+        raise UserError(f"{folder}: lm_head.weight differs from the embedding, but config.json ties them; "
+                        f"set \"tie_word_embeddings\": false in it")
+    model.source = str(name)  # adapter_config.json records it
+    return model
+
+
+def tensor_names(path: Path) -> list[str]:
+    with opened(path) as f:
+        return list(f.keys())
+
+
+def read_tensor(path: Path, key: str) -> torch.Tensor:
+    """One tensor. The file is opened anew each time: pages of an open memory map count as this process's memory."""
+    with opened(path) as f:
+        return f.get_tensor(key).clone()
+
+
+@contextlib.contextmanager
+def opened(path: Path):
+    try:
+        with safe_open(path, framework="pt") as f:
+            yield f
+    except FileNotFoundError:
+        raise UserError(f"{path}: the file is missing") from None
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: not a whole safetensors file ({e}); download or copy it again") from None
+
+
+def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor):
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+
+def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
+    """A model with random float32 weights (GPT-2 paper, section 2.3): only config.json of `name` is read.
+
+    Matrices N(0, 0.02), those that write into the residual stream divided by sqrt(2 n_layer), so that the sum of
+    2 n_layer such writes keeps its size; norm weights 1, biases 0.
+    """
+    config, model_class, _ = read_config(find(str(name)))
+    with torch.device("meta"):
+        model = model_class(config)
+    rng = torch.Generator().manual_seed(seed)
+    for n, p in list(model.named_parameters()):
+        t = torch.zeros(p.shape)
+        if p.dim() == 2:
+            writes = n.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))
+            t.normal_(0.0, 0.02 / ((2 * config.n_layer) ** 0.5 if writes else 1), generator=rng)
+        elif n.endswith("weight"):
+            t.fill_(1.0)
+        set_parameter(model, n, t.to(device))
+    model.tie()
+    model.source = str(name)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- model -> folder
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary name beside `path`; rename it to `path` when all went well, so that a reader (or a run that is
+    killed, or a full disk) never meets half a file."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        os.replace(tmp, path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: could not be written ({e}); what was there before is untouched") from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_text(path, text: str):
+    with atomic(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path, tensors: dict, metadata: dict | None = None):
+    with atomic(path) as tmp:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, {"format": "pt", **(metadata or {})})
+
+
+def checkpoint_name(model: nn.Module, name: str) -> str:
+    """A module's name as Hugging Face files and PEFT adapters spell it: GPT-2's carry `transformer.` in front."""
+    return name if name.startswith("lm_head") else model.prefix + name
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save(model: nn.Module, folder, dtype: str = "float32"):
+    """Write a model as a Hugging Face folder: model.safetensors, config.json, and its source's tokenizer files."""
+    folder, source = Path(folder), find(model.source)
+    raw = read_json(source / "config.json")
+    raw.pop("torch_dtype", None)
+    raw.update(dtype=dtype, tie_word_embeddings=model.config.tied_head)
+    tensors = {checkpoint_name(model, n): p.detach().to("cpu", DTYPES[dtype]) for n, p in model.named_parameters()}
+    write_tensors(folder / "model.safetensors", tensors)
+    write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
+    for f in TOKENIZER_FILES:
+        if (source / f).is_file() and not (folder / f).exists():
+            with atomic(folder / f) as tmp:
+                shutil.copyfile(source / f, tmp)
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A temporary folder that becomes `path` in one rename, or vanishes. `path` must not exist yet."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not empty; choose another folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=path.parent))
+        tmp.chmod(0o755)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be created ({e.strerror})") from None
+    try:
+        yield tmp
+        if path.is_dir():
+            path.rmdir()
+        os.replace(tmp, path)
+    except OSError as e:
+        raise UserError(f"{path}: could not be written ({e})") from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
