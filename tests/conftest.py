@@ -1,0 +1,71 @@
+"""Shared by all tests: the path, no network, and tiny models whose every parameter is random.
+
+Parity on default initialisation proves little: norms of ones and biases of zeros hide a swapped or dropped tensor.
+"""
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the hub's client
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import weights  # noqa: E402
+
+NANO = ROOT / "assets" / "gpt2-nano"
+GPT2 = {"model_type": "gpt2", "vocab_size": 4096, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "eos_token_id": 4095, "bos_token_id": 4095}
+LLAMA = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "hidden_act": "silu",
+         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "eos_token_id": 4095, "bos_token_id": 4095}
+
+
+def randomise(model, seed=0):
+    """Every parameter random, norms and biases too, with pre-activations of size 1-3."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=rng)
+            p.copy_(1 + 0.3 * noise if p.dim() == 1 else noise / p.shape[-1] ** 0.5)
+    return model
+
+
+def make_folder(path, family="gpt2", seed=0, **overrides):
+    """A model folder in the Hugging Face layout: tiny, random, with gpt2-nano's tokenizer (4,096 tokens)."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    config = {**(GPT2 if family == "gpt2" else LLAMA), **overrides}
+    (path / "config.json").write_text(json.dumps(config))
+    for f in ("vocab.json", "merges.txt"):
+        shutil.copy(NANO / f, path / f)
+    weights.save(randomise(weights.from_scratch(path), seed), path)
+    return path
+
+
+def make_data(path, n=40):
+    """n instruction rows of unequal length."""
+    rows = [{"instruction": f"Say the number {i} " + "please " * (i % 5), "input": "now" if i % 3 == 0 else "",
+             "output": "It is " + " ".join(str(j) for j in range(i % 9 + 1)) + "."} for i in range(n)]
+    Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return Path(path)
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    return make_folder(tmp_path / "gpt2-tiny", "gpt2")
+
+
+@pytest.fixture
+def llama_folder(tmp_path):
+    return make_folder(tmp_path / "llama-tiny", "llama")
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    return make_data(tmp_path / "data.jsonl")
