@@ -73,13 +73,19 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """W + (alpha / r) B A, for a head that carries an adapter: loss.py multiplies by the head's weight itself."""
-        w = self.base_layer.weight
-        return (w + self.delta()).to(w.dtype)
+        return self.base_layer.weight
 
     @property
     def bias(self):
         return self.base_layer.bias
+
+    def widen(self, x):
+        """x (..., in + R) and W (out, in + R) whose product is this layer's output: for a head, which loss.py multiplies.
+
+        [x, (alpha / r) A x] times [W, B]. Not W + (alpha / r) B A, which in 16 bit rounds a young adapter to nothing.
+        """
+        z = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)) * self.scale
+        return torch.cat([x, z], -1), torch.cat([self.weight, self.B().to(self.weight.dtype)], 1)
 
 
 def is_linear(module) -> bool:

@@ -68,5 +68,7 @@ def sum_loss(hidden, head, labels, chunk: int | None = None):
     else:
         h = h.to(weight.dtype)
     with torch.autocast(device, enabled=False):
+        if hasattr(head, "widen"):  # a head that carries an adapter: its rank as more columns
+            h, weight = head.widen(h)
         return LinearCrossEntropy.apply(h, weight, bias, labels.reshape(-1)[labelled],
                                         chunk or max(1, CHUNK_LOGITS // weight.shape[0]))

@@ -156,6 +156,28 @@ def test_head_with_an_adapter_trains(chunk):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_young_adapter_counts_over_a_16_bit_head():
+    """PITFALLS 18, for the head: W + delta rounded to bfloat16 is W again, and the loss stands still."""
+    torch.manual_seed(0)
+    head = lora.LoRALinear(nn.Linear(64, 200, bias=False).requires_grad_(False).to(torch.bfloat16), 3, 6)
+    hidden, labels = torch.randn(1, 1000, 64).bfloat16(), torch.randint(0, 200, (1, 1000))
+    before = loss.sum_loss(hidden, head, labels)
+    slope, = torch.autograd.grad(before, head.lora_B[0])
+    with torch.no_grad():
+        head.lora_B[0] -= 1e-4 * slope.sign()
+    change = loss.sum_loss(hidden, head, labels) - before
+    assert change.item() == pytest.approx(-1e-4 * slope.abs().sum().item(), rel=0.3)
+
+
+def test_dropout_of_a_head_adapter():
+    """PITFALLS 29: on in training, off in evaluation, on the head too."""
+    hidden, base, labels = problem()
+    head = lora.LoRALinear(base, 3, 6, dropout=0.5)
+    nn.init.normal_(head.lora_B[0])
+    assert loss.sum_loss(hidden, head.eval(), labels) == loss.sum_loss(hidden, head, labels)
+    assert loss.sum_loss(hidden, head.train(), labels) != loss.sum_loss(hidden, head, labels)
+
+
 def test_adapter_on_a_tied_head_leaves_the_embedding(tmp_path):
     """The head's adapter must learn without a gradient reaching the embedding that shares its matrix."""
     model = lora.inject(weights.load(make_folder(tmp_path, "gpt2")), r=2, targets=["lm_head"])
