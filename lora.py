@@ -22,6 +22,7 @@ Usage: python lora.py merge --model M --adapter DIR --out DIR [--dtype float32] 
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -71,13 +72,19 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """W + (alpha / r) B A, for a head that carries an adapter: loss.py multiplies by the head's weight itself."""
-        w = self.base_layer.weight
-        return (w + self.delta()).to(w.dtype)
+        return self.base_layer.weight
 
     @property
     def bias(self):
         return self.base_layer.bias
+
+    def widen(self, x):
+        """x (..., in + R) and W (out, in + R) whose product is this layer's output: for a head, which loss.py multiplies.
+
+        [x, (alpha / r) A x] times [W, B]. Not W + (alpha / r) B A, which in 16 bit rounds a young adapter to nothing.
+        """
+        z = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)) * self.scale
+        return torch.cat([x, z], -1), torch.cat([self.weight, self.B().to(self.weight.dtype)], 1)
 
 
 def is_linear(module) -> bool:
@@ -140,15 +147,21 @@ def save(model: nn.Module, folder):
     found = adapters(model)
     if not found:
         raise UserError(f"{folder}: nothing to save, the model has no adapters")
-    tensors, one = {}, next(iter(found.values()))
+    tensors, ranks, alphas = {}, {}, {}
     for name, m in found.items():
+        ranks[name] = rank = m.lora_A.shape[0]  # r, or r * number of parts; alpha grows so that the scale stays
+        alphas[name] = m.scale * (math.sqrt(rank) if m.rslora else rank)
         key = f"base_model.model.{weights.checkpoint_name(model, name)}"
         tensors[f"{key}.lora_A.weight"] = m.lora_A
         tensors[f"{key}.lora_B.weight"] = m.B()
-    rank = one.lora_A.shape[0]  # r, or r * number of parts; alpha grows so that the scale stays
+    first, one = next(iter(found.items()))
+    r, alpha = ranks[first], alphas[first]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": getattr(model, "source", None),
-        "r": rank, "lora_alpha": one.scale * (math.sqrt(rank) if one.rslora else rank), "lora_dropout": one.dropout,
+        "r": r, "lora_alpha": alpha, "lora_dropout": one.dropout,
+        # Layers unlike the first: c_attn's q and v (rank 2r) beside a whole matrix (rank r).
+        "rank_pattern": {n: rank for n, rank in ranks.items() if rank != r},
+        "alpha_pattern": {n: a for n, a in alphas.items() if a != alpha},
         "use_rslora": one.rslora, "target_modules": sorted(found), "bias": "none", "modules_to_save": None,
         "fan_in_fan_out": getattr(one.base_layer, "fan_in_fan_out", False), "inference_mode": True,
         "init_lora_weights": True,
@@ -160,13 +173,21 @@ def save(model: nn.Module, folder):
 
 
 # adapter_config.json options that change the arithmetic and are not implemented: refused unless switched off.
-UNSUPPORTED = ("use_dora", "modules_to_save", "alpha_pattern", "trainable_token_indices", "lora_bias", "layer_replication",
+UNSUPPORTED = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication",
                "use_qalora", "alora_invocation_tokens", "target_parameters")
 
 
 def first_row(base: nn.Module, part: str) -> int:
     names = list(base.parts)
     return sum(base.parts[p] for p in names[:names.index(part)])
+
+
+def of_layer(config: dict, name: str) -> tuple[int, float]:
+    """r and alpha of a layer: adapter_config.json's, unless PEFT's rank_pattern or alpha_pattern names the layer."""
+    def find(key, patterns):
+        matching = [v for p, v in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({p})$", name)]
+        return matching[0] if matching else config.get(key, 8)  # 8 is PEFT's default for both
+    return find("r", "rank_pattern"), find("lora_alpha", "alpha_pattern")
 
 
 def load(model: nn.Module, folder):
@@ -201,6 +222,10 @@ def load(model: nn.Module, folder):
         found.setdefault(places[layer], {})[kind] = tensor
     if not found:
         raise UserError(f"{path}: the adapter is empty")
+    targets = config.get("target_modules")
+    for name in linears if isinstance(targets, list) and not config.get("layers_to_transform") else ():
+        if name not in found and any(name == t or name.endswith("." + t) for t in targets):
+            raise UserError(f"{path}: layer {name} has no adapter, though adapter_config.json's target_modules names it")
     model.requires_grad_(False)
     for name, ab in found.items():
         base, parts = linears[name], tuple(all_parts.get(name, ())) or None
@@ -210,9 +235,12 @@ def load(model: nn.Module, folder):
         if a.shape[1] != base.in_features or b.shape[0] != base.out_features or a.shape[0] != b.shape[1]:
             raise UserError(f"{path}: layer {name} is ({base.out_features}, {base.in_features}), "
                             f"its adapter B {list(b.shape)}, A {list(a.shape)}")
+        rank, alpha = of_layer(config, weights.checkpoint_name(model, name))
+        if a.shape[0] != rank:
+            raise UserError(f"{path}: layer {name} has rank {a.shape[0]}, adapter_config.json says {rank}")
         n_parts = len(parts) if parts else 1
         rslora = config.get("use_rslora", False)
-        alpha = config["lora_alpha"] / (math.sqrt(n_parts) if rslora else n_parts)  # as saved, it is for the whole rank
+        alpha /= math.sqrt(n_parts) if rslora else n_parts  # as saved, it is for the whole rank
         module = LoRALinear(base, a.shape[0] // n_parts, alpha, config.get("lora_dropout", 0.0), rslora, parts)
         with torch.no_grad():
             module.lora_A.copy_(a)
