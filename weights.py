@@ -68,10 +68,19 @@ def find(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     repo = SHORT_NAMES.get(name, name)
-    if repo.count("/") != 1 or repo.startswith((".", "/")) or repo.endswith("/"):
+    if not is_hub_name(repo):
         raise UserError(f"--model {name}: no such folder, and no short name ({', '.join(['gpt2-nano', *SHORT_NAMES])}); "
                         f"a hub repository is written org/name")
     return from_hub(name, repo)
+
+
+def is_hub_name(repo: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:  # a mistyped path, more likely: spaces, "--", a leading dot
+        return False
+    return repo.count("/") == 1
 
 
 def from_hub(name: str, repo: str) -> Path:
@@ -148,10 +157,12 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / f for f in sorted(set(shards.values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
+    no_pickle = ("pickle weights are not loaded, since a pickle can run any code. Convert: transformers' "
+                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors")
     if pickles := [f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in sorted(folder.glob(pattern))]:
-        raise UserError(f"{folder / pickles[0]}: pickle weights are not loaded, since a pickle can run any code. Convert: "
-                        f"transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors")
-    raise UserError(f"{folder}: no model.safetensors (nor model.safetensors.index.json) in it")
+        raise UserError(f"{folder / pickles[0]}: {no_pickle}")
+    # From the hub the folder is without its pytorch_model.bin, which is not downloaded: the way out is the same.
+    raise UserError(f"{folder}: no model.safetensors (nor model.safetensors.index.json) in it; {no_pickle}")
 
 
 def half_dtype(device) -> torch.dtype:
