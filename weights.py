@@ -142,7 +142,7 @@ def read_config(folder: Path):
         return config_class.from_json(raw), model_class, raw
     except KeyError as e:
         raise UserError(f"{path}: key {e} is missing") from None
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, ZeroDivisionError) as e:  # of these the last two are values that make no sense
         raise UserError(f"{path}: {e}") from None
 
 
@@ -152,8 +152,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise UserError(f"{index}: no weight_map in it")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) for f in shards.values()):
+            raise UserError(f"{index}: no weight_map in it, from tensors to files")
         return [folder / f for f in sorted(set(shards.values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -283,7 +283,8 @@ def atomic(path):
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: could not be written ({e}); what was there before is untouched") from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder itself could not be made, there is nothing to remove
+            tmp.unlink()
 
 
 def write_text(path, text: str):
