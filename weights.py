@@ -63,7 +63,7 @@ class UserError(Exception):
 
 def find(name: str) -> Path:
     """The folder that holds model `name`: a short name, a local folder or a hub repository. May download it."""
-    if (ASSETS / name / "config.json").is_file():
+    if Path(name).name == name and (ASSETS / name / "config.json").is_file():  # ./gpt2-nano is a folder of the user's
         return ASSETS / name
     if Path(name).is_dir():
         return Path(name)
