@@ -172,6 +172,16 @@ def half_dtype(device) -> torch.dtype:
     return torch.bfloat16
 
 
+def usable_device(name: str | None) -> str:
+    """`name`, once a tensor has been put there; the default is cuda where there is one, else cpu."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return name
+
+
 def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     """A model with its pretrained weights. name: short name, org/name or folder. bits: 32 (float32) or 16.
 
