@@ -249,8 +249,9 @@ def test_disk_full_while_training(place, tmp_path):
 
 def test_the_good_ones_work(place, tmp_path, capsys):
     """The same inputs without the flaw go through, so that the cases above fail for the flaw."""
-    generate.main(arguments(["--model", "good", "--adapter", "run/adapter", "--prompt", "hi", "--max-new-tokens", "2"], place))
-    lora.main(["merge", *arguments(["--model", "good", "--adapter", "run/adapter", "--out"], place), str(tmp_path / "m")])
+    both = arguments(["--model", "good", "--adapter", "run/adapter"], place)
+    generate.main([*both, "--prompt", "hi", "--max-new-tokens", "2"])
+    lora.main(["merge", *both, "--out", str(tmp_path / "m")])
     merged = load_file(tmp_path / "m" / "model.safetensors")
     assert merged.keys() == load_file(place / "good" / "model.safetensors").keys()
     assert all(torch.isfinite(t).all() for t in merged.values())
