@@ -116,11 +116,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         cfg.data, cfg.val_data = str(ASSETS / "support.jsonl"), str(ASSETS / "support-heldout.jsonl")
     if cfg.steps and cfg.epochs != default.epochs:
         raise UserError("--steps and --epochs both say how long to train; give one")
-    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=cfg.device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {cfg.device}: {str(e).splitlines()[0]}") from None
+    cfg.device = weights.usable_device(cfg.device)
     cfg.bits = cfg.bits or (16 if cfg.amp and not cfg.full else 32)
     if cfg.bits == 16 and not cfg.amp:
         raise UserError("--bits 16 needs --amp: 16-bit weights are multiplied in 16 bit")
