@@ -232,7 +232,7 @@ def load(model: nn.Module, folder):
         if len(ab) != 2:
             raise UserError(f"{path}: layer {name} has {' and '.join(ab)} only")
         a, b = ab["lora_A"], ab["lora_B"]
-        if a.shape[1] != base.in_features or b.shape[0] != base.out_features or a.shape[0] != b.shape[1]:
+        if a.dim() != 2 or b.shape != (base.out_features, a.shape[0]) or a.shape[1] != base.in_features:
             raise UserError(f"{path}: layer {name} is ({base.out_features}, {base.in_features}), "
                             f"its adapter B {list(b.shape)}, A {list(a.shape)}")
         rank, alpha = of_layer(config, weights.checkpoint_name(model, name))

@@ -77,8 +77,8 @@ def log(out: Path, line: dict):
 
 def read_log(out: Path) -> list[dict]:
     """The lines of metrics.jsonl; one that a killed run left unfinished is skipped."""
-    lines = []
-    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    lines, path = [], out / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(line))
         except ValueError:

@@ -63,7 +63,8 @@ class TrainConfig:
                            type=str)
     val_frac: float = option(0.1, "data", "share of the rows held out when there is no --val-data")
     template: str = option("auto", "data", "auto (the model's chat template, else alpaca), chat, alpaca or a .jinja file")
-    max_length: int = option(512, "data", "positions an example may have; the rest is cut off")
+    max_length: int = option(None, "data", "positions an example may have, the rest is cut off (default: 512, or all the "
+                             "model has)", type=int)
     pack: bool = option(False, "data", "lay the examples of a micro-batch end to end instead of padding them")
     show_batch: bool = option(False, "data", "print the first micro-batch, what is learned marked, and stop")
     amp: bool = option(False, "memory", "matrix products in bfloat16 (float16 on cards without it)")
@@ -159,13 +160,13 @@ def evaluate(model, examples, cfg) -> dict:
     return {"val_loss": total / labels, "val_bits_per_byte": total / math.log(2) / max(1, sum(e.n_bytes for e in examples))}
 
 
-def why_not_finite(model, cfg, loss: float) -> str:
-    """The likely cause of a loss or gradient that is not a number: the base weights, the adapters, or the precision."""
-    for trainable, cause in ((False, "the checkpoint is damaged: {} is not finite"),
-                             (True, "training diverged: {} is not finite; lower --lr (now {:g}) or --clip (now {:g})")):
-        for n, p in model.named_parameters():
-            if p.requires_grad == (trainable or cfg.full) and not torch.isfinite(p).all():
-                return cause.format(n, cfg.lr, cfg.clip)
+def why_not_finite(model, cfg, step: int) -> str:
+    """The likely cause of a loss or gradient that is not a number: the base weights, the trained ones, or the precision."""
+    for n, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            if step == 0 or not p.requires_grad:
+                return f"the checkpoint is damaged: {n} is not finite"
+            return f"training diverged: {n} is not finite; lower --lr (now {cfg.lr:g}) or --clip (now {cfg.clip:g})"
     if cfg.amp:
         kind = str(weights.half_dtype(cfg.device)).removeprefix("torch.")
         return f"the weights are finite, so the {kind} arithmetic overflowed; try without --amp, or a lower --lr"
@@ -179,6 +180,7 @@ def main(cfg: TrainConfig) -> dict:
     cfg = resolve(cfg)
     folder = weights.find(cfg.model)
     model_config, _, raw_config = weights.read_config(folder)
+    cfg.max_length = cfg.max_length or min(512, model_config.n_positions)
     if cfg.max_length > model_config.n_positions:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has {model_config.n_positions} positions")
     if cfg.ckpt_every > model_config.n_layer:
@@ -197,6 +199,8 @@ def main(cfg: TrainConfig) -> dict:
     steps_per_epoch = math.ceil(len(train_set) / (cfg.batch_size * cfg.grad_accum))
     cfg.steps = cfg.steps or cfg.epochs * steps_per_epoch
     cfg.warmup_steps = cfg.steps // 20 if cfg.warmup_steps is None else cfg.warmup_steps
+    if cfg.warmup_steps >= cfg.steps:
+        raise UserError(f"--warmup-steps {cfg.warmup_steps}: the run has {cfg.steps} steps, the full rate is never reached")
     cfg.eval_every = cfg.eval_every or steps_per_epoch
     cfg.save_every = cfg.save_every or cfg.eval_every
     out = record.prepare_out(cfg)
@@ -236,7 +240,8 @@ class Run:
         matrices = [p for p in self.trainable.values() if p.dim() >= 2]
         vectors = [p for p in self.trainable.values() if p.dim() < 2]  # norms and biases are not decayed
         self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
-                                            {"params": vectors, "weight_decay": 0.0}], lr=cfg.lr, fused=True)
+                                            {"params": vectors, "weight_decay": 0.0}], lr=cfg.lr,
+                                           fused=torch.device(cfg.device).type in ("cpu", "cuda"))
         # float16 ends at 6e-5 on the small side, where gradients live: multiply the loss by a large number (the scale),
         # divide the gradients by it before clipping; halve it and skip the step whenever something overflows.
         half = cfg.amp and weights.half_dtype(cfg.device) == torch.float16
@@ -275,7 +280,7 @@ class Run:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), cfg.clip or math.inf).item()
         if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or self.may_skip()):
             raise UserError(f"step {self.step + 1}: loss {loss_sum}, gradient norm {grad_norm}: "
-                            f"{why_not_finite(model, cfg, loss_sum)}")
+                            f"{why_not_finite(model, cfg, self.step)}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -368,7 +373,7 @@ class Run:
         record.log(self.out, {"step": self.step, **result})
         if not math.isfinite(result["val_loss"]):
             raise UserError(f"step {self.step}: held-out loss {result['val_loss']}: "
-                            f"{why_not_finite(self.model, self.cfg, result['val_loss'])}")
+                            f"{why_not_finite(self.model, self.cfg, self.step)}")
         if key == "val_after" and (self.seen["val_best"] is None or result["val_loss"] < self.seen["val_best"]):
             self.seen["val_best"] = result["val_loss"]
             self.export("best")
@@ -377,7 +382,7 @@ class Run:
         if not prompts:
             return []
         texts = []
-        room = self.model.config.n_positions - 64
+        room = max(1, self.model.config.n_positions - 64)
         with autocast(self.cfg):
             for prompt, _ in prompts:
                 ids = data.prompt_ids(prompt, self.template, self.tokenizer)[-room:]
@@ -390,8 +395,8 @@ class Run:
         """adapter/ or best/ in PEFT's layout (--full: a model folder), with the template and end token beside it."""
         folder = self.out / name
         if self.cfg.full:
-            dtype = self.raw_config.get("dtype") or self.raw_config.get("torch_dtype") or "float32"
-            weights.save(self.model, folder, dtype)
+            dtype = self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")  # the newer and the older key
+            weights.save(self.model, folder, dtype if dtype in weights.DTYPES else "float32")
         else:
             lora.save(self.model, folder)
         weights.write_text(folder / "chat_template.jinja", self.template)
