@@ -136,17 +136,16 @@ class Tokenizer:
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
         byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-        ranks = {}
-        for token, i in vocab.items():
-            if all(ch in byte_of for ch in token) and not (token.startswith("<|") and token.endswith("|>")):
-                ranks[bytes(byte_of[ch] for ch in token)] = i
-            else:
-                self.specials[token] = i
         # tiktoken merges by rank = id: right only if the ids follow the order of merges.txt, as GPT-2's do.
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merged = [vocab.get(m.replace(" ", "", 1)) for m in lines if m and not m.startswith("#version")]
+        merges = [m.replace(" ", "", 1) for m in lines if m and not m.startswith("#version")]
+        merged = [vocab.get(m) for m in merges]
         if None in merged or merged != sorted(merged):
             raise UserError(f"{folder / 'merges.txt'}: does not match vocab.json's order; bring a tokenizer.json instead")
+        # Neither a byte nor a merge: no text can become it, so it is special ("<|endoftext|>", others' "</s>").
+        plain = {*byte_of, *merges}
+        self.specials = {token: i for token, i in vocab.items() if token not in plain}
+        ranks = {bytes(byte_of[ch] for ch in token): i for token, i in vocab.items() if token not in self.specials}
         self._from_bpe(ranks, GPT2_SPLIT)
         self.adds_bos = False
 
