@@ -105,6 +105,8 @@ class Tokenizer:
             tok = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception
             raise UserError(f"{path}: not a readable tokenizer ({e})") from None
+        tok.no_truncation()  # the file may have kept those of somebody's training run
+        tok.no_padding()
         self.specials = {t.content: i for i, t in tok.get_added_tokens_decoder().items() if t.special}
 
         def encode(text, specials):
