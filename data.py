@@ -49,6 +49,7 @@ class Tokenizer:
             if (folder / f).is_file():
                 meta.update({k: v for k, v in weights.read_json(folder / f).items() if v is not None})
         self.specials: dict[str, int] = {}
+        self.bos = self.eos_id = None  # some files name their own; tokenizer_config.json goes before
         if (folder / "tokenizer.json").is_file():
             self._from_tokenizers(folder / "tokenizer.json")
         elif (folder / "tokenizer.model").is_file():
@@ -61,8 +62,9 @@ class Tokenizer:
             self._from_gpt2(folder)
         else:
             raise UserError(f"{folder}: no tokenizer in it (tokenizer.json, tokenizer.model, or vocab.json + merges.txt)")
-        self.bos, eos = (self._token_text(meta.get(k)) for k in ("bos_token", "eos_token"))
-        self.eos_id = self.specials.get(eos) if eos else None
+        self.bos = self._token_text(meta.get("bos_token")) or self.bos
+        eos = self._token_text(meta.get("eos_token"))
+        self.eos_id = self.specials.get(eos) if eos else self.eos_id
         self._ids_from_config(folder)
         if self.eos_id is None:
             raise UserError(f"{folder}: no end-of-text token is named in tokenizer_config.json or config.json")
@@ -113,7 +115,8 @@ class Tokenizer:
             tok.encode_special_tokens = not specials  # the library's name for "specials as ordinary text"
             return tok.encode(text, add_special_tokens=False).ids
         self._encode, self.decode = encode, lambda ids: tok.decode(list(ids), skip_special_tokens=False)
-        self.adds_bos = len(tok.encode("", add_special_tokens=True).ids) > 0
+        added = tok.encode("", add_special_tokens=True).tokens
+        self.bos, self.adds_bos = added[0] if added else None, len(added) > 0
         self.vocab_size = tok.get_vocab_size()
 
     def _from_bpe(self, ranks: dict, split: str):
@@ -130,7 +133,7 @@ class Tokenizer:
                  "reserved_special_token_4", "eot_id"] + [f"reserved_special_token_{i}" for i in range(5, 251)]
         self.specials = {f"<|{n}|>": len(ranks) + i for i, n in enumerate(names)}
         self._from_bpe(ranks, LLAMA3_SPLIT)
-        self.adds_bos = True
+        self.bos, self.adds_bos = "<|begin_of_text|>", True
 
     def _from_gpt2(self, folder: Path):
         vocab = weights.read_json(folder / "vocab.json")
@@ -164,7 +167,9 @@ class Tokenizer:
             pieces = marks.split(text) if specials else [text]
             return [i for s in pieces if s for i in ([self.specials[s]] if specials and s in self.specials else sp.encode(s))]
         self._encode, self.decode = encode, lambda ids: sp.decode([int(i) for i in ids])
-        self.eos_id, self.adds_bos, self.vocab_size = sp.eos_id(), True, sp.get_piece_size()
+        self.bos = sp.id_to_piece(sp.bos_id()) if sp.bos_id() >= 0 else None
+        self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
+        self.adds_bos, self.vocab_size = True, sp.get_piece_size()
 
     def encode(self, text: str, specials: bool = False, continued: bool = False) -> list[int]:
         if continued and self._marker is not None and text:
