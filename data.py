@@ -232,7 +232,7 @@ def render(template: str, messages: list[dict], tokenizer: Tokenizer, prompt: bo
                     for m in messages]
     try:
         return compiled(template).render(messages=messages, bos_token=tokenizer.bos or "", eos_token=tokenizer.eos,
-                                         add_generation_prompt=prompt)
+                                         add_generation_prompt=prompt, tools=None, documents=None)
     except jinja2.TemplateError as e:
         raise UserError(f"the chat template refused the messages: {e}") from None
 
