@@ -394,7 +394,11 @@ def tokenize(pieces, tokenizer: Tokenizer, bos: bool) -> tuple[list[int], list[b
     ids = [tokenizer.specials[tokenizer.bos]] if bos and tokenizer.adds_bos else []
     learned = [False] * len(ids)
     for i, (text, learn) in enumerate(pieces):
-        piece = tokenizer.encode(text, specials=not bos, continued=i > 0)
+        if i and not bos and tokenizer.eos in tokenizer.specials and pieces[i - 1][0].endswith(tokenizer.eos):
+            # Some tokenizers put a space after a special token, some take one away: let it see the token.
+            piece = tokenizer.encode(tokenizer.eos + text, specials=True)[1:]
+        else:
+            piece = tokenizer.encode(text, specials=not bos, continued=i > 0)
         ids += piece
         learned += [learn] * len(piece)
     return ids, learned
