@@ -330,7 +330,7 @@ def to_messages(where: str, row: dict):
             messages = []
             for t in turns:
                 role, content = t.get(role_key), t.get(text_key)
-                if role not in ROLES:
+                if not isinstance(role, str) or role not in ROLES:
                     raise UserError(f"{where}: {column}: role {role!r} is not one of {', '.join(ROLES)}")
                 if not isinstance(content, str):
                     raise UserError(f"{where}: {column}: {text_key!r} must be text, found {type(content).__name__}")
@@ -413,7 +413,10 @@ def build(rows, tokenizer: Tokenizer, template: str, max_length: int) -> Dataset
     for where, row in tqdm(rows, desc="tokenising", leave=False, disable=len(rows) < 2000):
         row = to_messages(where, row)
         raw = bool(row) and isinstance(row[0], tuple)
-        pieces = row if raw else segments(row, template, tokenizer)
+        try:
+            pieces = row if raw else segments(row, template, tokenizer)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
         if not pieces or not any(text for text, learn in row if learn) if raw else not any(
                 m["role"] == "assistant" and m["content"] for m in row):
             data.n_dropped += 1  # only the end-of-text token would be learned
