@@ -14,6 +14,7 @@ import base64
 import csv
 import datetime
 import functools
+import io
 import json
 import re
 from dataclasses import dataclass
@@ -293,7 +294,8 @@ def read_rows(path) -> list[tuple[str, dict]]:
                 if line.strip():
                     rows.append((f"{path}:{n}", json.loads(line)))
         elif kind == ".csv":
-            reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+            csv.field_size_limit(2 ** 31 - 1)  # documents are longer than the module's 131,072 characters
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             rows = [(f"{path}:{reader.line_num}", r) for r in reader]
         elif kind == ".txt":
             rows = [(f"{path}", {"text": text})]
@@ -303,7 +305,7 @@ def read_rows(path) -> list[tuple[str, dict]]:
         line = e.lineno if kind == ".json" else n
         raise UserError(f"{path}:{line}: broken JSON ({e.msg}, column {e.colno})") from None
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: broken CSV ({e})") from None
+        raise UserError(f"{path}:{reader.line_num + 1}: broken CSV ({e})") from None  # it counts the rows that were whole
     if not rows:
         raise UserError(f"{path}: no rows in it")
     for where, row in rows:
