@@ -314,13 +314,18 @@ def read_rows(path) -> list[tuple[str, dict]]:
     return rows
 
 
+def whole(text: str) -> str:
+    """Half a character (a text cut in UTF-16 can end in one) -> U+FFFD: it can be neither tokenised nor written."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def to_messages(where: str, row: dict):
     """A row -> list of messages, or a list of (text, learned) pieces where no template applies (prompt/completion, text)."""
     def field(name, default=None):
         value = row.get(name, default)
         if not isinstance(value, str):
             raise UserError(f"{where}: field {name!r} must be text, found {'null' if value is None else type(value).__name__}")
-        return value
+        return whole(value)
 
     for column, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
         if column in row:
@@ -336,7 +341,7 @@ def to_messages(where: str, row: dict):
                     raise UserError(f"{where}: {column}: role {role!r} is not one of {', '.join(ROLES)}")
                 if not isinstance(content, str):
                     raise UserError(f"{where}: {column}: {text_key!r} must be text, found {type(content).__name__}")
-                messages.append({"role": ROLES[role], "content": content})
+                messages.append({"role": ROLES[role], "content": whole(content)})
             return messages
     if "instruction" in row and ("output" in row or "response" in row):
         user = {"role": "user", "content": field("instruction"), "input": field("input", "")}
