@@ -18,6 +18,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
@@ -168,7 +169,12 @@ class Tokenizer:
         def encode(text, specials):
             pieces = marks.split(text) if specials else [text]
             return [i for s in pieces if s for i in ([self.specials[s]] if specials and s in self.specials else sp.encode(s))]
-        self._encode, self.decode = encode, lambda ids: sp.decode([int(i) for i in ids])
+
+        def decode(ids):  # sentencepiece's own leaves special tokens out
+            runs = groupby(map(int, ids), names.__contains__)
+            return "".join("".join(names[i] for i in run) if special else sp.decode(list(run)) for special, run in runs)
+        names = {i: s for s, i in self.specials.items()}
+        self._encode, self.decode = encode, decode
         self.bos = sp.id_to_piece(sp.bos_id()) if sp.bos_id() >= 0 else None
         self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
         self.adds_bos, self.vocab_size = True, sp.get_piece_size()
