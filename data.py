@@ -528,16 +528,17 @@ def show(examples: list[Example], tokenizer: Tokenizer, colour: bool) -> str:
     """Decoded examples with what is learned marked: green on a terminal, [[...]] elsewhere; the rest is only read."""
     lines = []
     for n, e in enumerate(examples, 1):
-        out, learned = tokenizer.decode(e.ids[:1]), False
-        runs = []
-        for i, t in zip([*e.ids[1:], None], e.targets):
-            if (t != IGNORE) != learned or not runs:
-                runs.append([])
-                learned = t != IGNORE
-                runs[-1].append(learned)
-            runs[-1].append(t if learned else i)
-        for is_learned, *ids in runs:
-            text = tokenizer.decode([i for i in ids if i is not None])
-            out += (f"\x1b[32m{text}\x1b[0m" if colour else f"[[{text}]]") if is_learned else text
+        ids = e.ids + [t for t in e.targets[-1:] if t != IGNORE]
+        learned = [False] + [t != IGNORE for t in e.targets]
+        out, shown, start = "", 0, 0
+        for end in range(1, len(ids) + 1):
+            if end < len(ids) and learned[end] == learned[start]:
+                continue
+            text = tokenizer.decode(ids[:end])[shown:]  # by itself, a run could lose its first space
+            if end < len(ids):
+                text = text.rstrip("\ufffd")  # half a character: the next run has the rest
+            shown += len(text)
+            out += (f"\x1b[32m{text}\x1b[0m" if colour else f"[[{text}]]") if learned[start] else text
+            start = end
         lines.append(f"--- example {n}: {len(e.ids)} positions, {sum(t != IGNORE for t in e.targets)} learned\n{out}")
     return "\n".join(lines)
