@@ -40,6 +40,7 @@ ZEPHYR = ("{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{
 # The header of newer templates: they test variables that transformers always sets.
 TOOLS = ("{%- if tools is not none %}{{ 'TOOLS' }}{% endif %}{%- if documents is not none %}{{ 'DOCUMENTS' }}{% endif %}\n"
          "{%- for m in messages -%}\n    {{ '<|im_start|>' ~ m.role }}\n    {{ m | tojson }}\n    {{- '<|im_end|>' }}\n"
+         "    {% if m.role == 'user' %}\n(user)\n    {% endif %}\n"
          "{%- if loop.index0 > 8 %}{% break %}{% endif %}\n{%- endfor -%}\n"
          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -425,7 +426,8 @@ def test_csv_fields_may_be_long(tmp_path):
 def test_half_a_character_in_json(tmp_path, nano, sp, tokenizers_by_name):
     """Texts that were cut in UTF-16 end in half an emoji: legal JSON, but not text that can be encoded or written."""
     path = write(tmp_path / "d.jsonl", '{"instruction": "hi \\ud83d", "output": "ok \\ud83d"}\n'
-                 '{"messages": [{"role": "user", "content": "\\ude00"}, {"role": "assistant", "content": "\\ud83d\\ude00"}]}')
+                 '{"messages": [{"role": "user", "content": "\\ude00"}, '
+                 '{"role": "assistant", "content": "\\ud83d\\ude00"}]}')
     for tok in (nano, sp, tokenizers_by_name["chatml"][1]):
         built = data.build(data.read_rows(path), tok, data.load_template("alpaca", tok), 512)
         assert built.rows[0][1]["content"] == "ok \ufffd" and built.rows[1][1]["content"] == "\U0001f600"
@@ -527,7 +529,8 @@ def test_plan_sorts_inside_windows_only():
     padding = sum(len(s) * max(lengths[i] for i in s) - sum(lengths[i] for i in s) for s in steps)
     assert padding < 0.1 * sum(lengths)  # in random order it is about 0.8
     spread = torch.tensor([float(lengths[s[0]]) for s in steps])
-    assert abs(torch.corrcoef(torch.stack([spread, torch.arange(len(spread)).float()]))[0, 1]) < 0.25  # no curriculum
+    longer = (spread[1:] > spread[:-1]).float().mean()  # no curriculum, inside a window neither (unshuffled: 1/16)
+    assert 0.35 < longer < 0.65
 
 
 EXAMPLES = [data.Example([1, 2, 3], [IGNORE, 3, 9]), data.Example([4], [9]),
