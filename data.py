@@ -12,6 +12,8 @@ Three decisions, each against a bug that trains quietly and wrongly elsewhere:
 """
 import csv
 import datetime
+import functools
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,19 +59,24 @@ def load_template(spec: str, tokenizer: Tokenizer) -> str:
         raise UserError(f"--template {spec}: neither auto, chat, alpaca nor a readable file ({e})") from None
 
 
-def render(template: str, messages: list[dict], tokenizer: Tokenizer, prompt: bool = False) -> str:
-    """messages -> text. prompt=True ends with whatever makes the model answer."""
+@functools.lru_cache(maxsize=8)  # compiling takes longer than tokenising
+def compiled(template: str) -> jinja2.Template:
     def raise_exception(message):
         raise jinja2.TemplateError(message)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     env.globals.update(raise_exception=raise_exception, strftime_now=lambda f: datetime.datetime.now().strftime(f))
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    return env.from_string(template)
+
+
+def render(template: str, messages: list[dict], tokenizer: Tokenizer, prompt: bool = False) -> str:
+    """messages -> text. prompt=True ends with whatever makes the model answer."""
     if ".input" not in template:  # a template that knows no `input`: make it part of the content
         messages = [{"role": m["role"], "content": m["content"] + "\n\n" + m["input"]} if m.get("input") else m
                     for m in messages]
     try:
-        return env.from_string(template).render(messages=messages, bos_token=tokenizer.bos or "", eos_token=tokenizer.eos,
-                                                add_generation_prompt=prompt)
+        return compiled(template).render(messages=messages, bos_token=tokenizer.bos or "", eos_token=tokenizer.eos,
+                                         add_generation_prompt=prompt, tools=None, documents=None)
     except jinja2.TemplateError as e:
         raise UserError(f"the chat template refused the messages: {e}") from None
 
@@ -130,7 +137,8 @@ def read_rows(path) -> list[tuple[str, dict]]:
                 if line.strip():
                     rows.append((f"{path}:{n}", json.loads(line)))
         elif kind == ".csv":
-            reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+            csv.field_size_limit(2 ** 31 - 1)  # documents are longer than the module's 131,072 characters
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             rows = [(f"{path}:{reader.line_num}", r) for r in reader]
         elif kind == ".txt":
             rows = [(f"{path}", {"text": text})]
@@ -140,13 +148,18 @@ def read_rows(path) -> list[tuple[str, dict]]:
         line = e.lineno if kind == ".json" else n
         raise UserError(f"{path}:{line}: broken JSON ({e.msg}, column {e.colno})") from None
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: broken CSV ({e})") from None
+        raise UserError(f"{path}:{reader.line_num + 1}: broken CSV ({e})") from None  # it counts the rows that were whole
     if not rows:
         raise UserError(f"{path}: no rows in it")
     for where, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object with named fields, found {type(row).__name__}")
     return rows
+
+
+def whole(text: str) -> str:
+    """Half a character (a text cut in UTF-16 can end in one) -> U+FFFD: it can be neither tokenised nor written."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def to_messages(where: str, row: dict):
@@ -156,7 +169,7 @@ def to_messages(where: str, row: dict):
         if not isinstance(value, str):
             kind = "null" if value is None else type(value).__name__
             raise UserError(f"{where}: field {name!r} must be text, found {kind}")
-        return value
+        return whole(value)
 
     for column, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
         if column in row:
@@ -168,11 +181,11 @@ def to_messages(where: str, row: dict):
             messages = []
             for t in turns:
                 role, content = t.get(role_key), t.get(text_key)
-                if role not in ROLES:
+                if not isinstance(role, str) or role not in ROLES:
                     raise UserError(f"{where}: {column}: role {role!r} is not one of {', '.join(ROLES)}")
                 if not isinstance(content, str):
                     raise UserError(f"{where}: {column}: {text_key!r} must be text, found {type(content).__name__}")
-                messages.append({"role": ROLES[role], "content": content})
+                messages.append({"role": ROLES[role], "content": whole(content)})
             return messages
     if "instruction" in row and ("output" in row or "response" in row):
         user = {"role": "user", "content": field("instruction"), "input": field("input", "")}
@@ -232,7 +245,11 @@ def tokenize(pieces, tokenizer: Tokenizer, bos: bool) -> tuple[list[int], list[b
     ids = [tokenizer.specials[tokenizer.bos]] if bos and tokenizer.adds_bos else []
     learned = [False] * len(ids)
     for i, (text, learn) in enumerate(pieces):
-        piece = tokenizer.encode(text, specials=not bos, continued=i > 0)
+        if i and not bos and tokenizer.eos in tokenizer.specials and pieces[i - 1][0].endswith(tokenizer.eos):
+            # Some tokenizers put a space after a special token, some take one away: let it see the token.
+            piece = tokenizer.encode(tokenizer.eos + text, specials=True)[1:]
+        else:
+            piece = tokenizer.encode(text, specials=not bos, continued=i > 0)
         ids += piece
         learned += [learn] * len(piece)
     return ids, learned
@@ -247,7 +264,10 @@ def build(rows, tokenizer: Tokenizer, template: str, max_length: int) -> Dataset
     for where, row in tqdm(rows, desc="tokenising", leave=False, disable=len(rows) < 2000):
         row = to_messages(where, row)
         raw = bool(row) and isinstance(row[0], tuple)
-        pieces = row if raw else segments(row, template, tokenizer)
+        try:
+            pieces = row if raw else segments(row, template, tokenizer)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
         if not pieces or not any(text for text, learn in row if learn) if raw else not any(
                 m["role"] == "assistant" and m["content"] for m in row):
             data.n_dropped += 1  # only the end-of-text token would be learned
@@ -347,16 +367,17 @@ def show(examples: list[Example], tokenizer: Tokenizer, colour: bool) -> str:
     """Decoded examples with what is learned marked: green on a terminal, [[...]] elsewhere; the rest is only read."""
     lines = []
     for n, e in enumerate(examples, 1):
-        out, learned = tokenizer.decode(e.ids[:1]), False
-        runs = []
-        for i, t in zip([*e.ids[1:], None], e.targets):
-            if (t != IGNORE) != learned or not runs:
-                runs.append([])
-                learned = t != IGNORE
-                runs[-1].append(learned)
-            runs[-1].append(t if learned else i)
-        for is_learned, *ids in runs:
-            text = tokenizer.decode([i for i in ids if i is not None])
-            out += (f"\x1b[32m{text}\x1b[0m" if colour else f"[[{text}]]") if is_learned else text
+        ids = e.ids + [t for t in e.targets[-1:] if t != IGNORE]
+        learned = [False] + [t != IGNORE for t in e.targets]
+        out, shown, start = "", 0, 0
+        for end in range(1, len(ids) + 1):
+            if end < len(ids) and learned[end] == learned[start]:
+                continue
+            text = tokenizer.decode(ids[:end])[shown:]  # by itself, a run could lose its first space
+            if end < len(ids):
+                text = text.rstrip("\ufffd")  # half a character: the next run has the rest
+            shown += len(text)
+            out += (f"\x1b[32m{text}\x1b[0m" if colour else f"[[{text}]]") if learned[start] else text
+            start = end
         lines.append(f"--- example {n}: {len(e.ids)} positions, {sum(t != IGNORE for t in e.targets)} learned\n{out}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ one from the tokenizer, train a model that nobody ever prompts that way again.)
 """
 import base64
 import re
+from itertools import groupby
 from pathlib import Path
 
 import weights
@@ -30,6 +31,7 @@ class Tokenizer:
             if (folder / f).is_file():
                 meta.update({k: v for k, v in weights.read_json(folder / f).items() if v is not None})
         self.specials: dict[str, int] = {}
+        self.bos = self.eos_id = None  # some files name their own; tokenizer_config.json goes before
         if (folder / "tokenizer.json").is_file():
             self._from_tokenizers(folder / "tokenizer.json")
         elif (folder / "tokenizer.model").is_file():
@@ -42,8 +44,9 @@ class Tokenizer:
             self._from_gpt2(folder)
         else:
             raise UserError(f"{folder}: no tokenizer in it (tokenizer.json, tokenizer.model, or vocab.json + merges.txt)")
-        self.bos, eos = (self._token_text(meta.get(k)) for k in ("bos_token", "eos_token"))
-        self.eos_id = self.specials.get(eos) if eos else None
+        self.bos = self._token_text(meta.get("bos_token")) or self.bos
+        eos = self._token_text(meta.get("eos_token"))
+        self.eos_id = self.specials.get(eos) if eos else self.eos_id
         self._ids_from_config(folder)
         if self.eos_id is None:
             raise UserError(f"{folder}: no end-of-text token is named in tokenizer_config.json or config.json")
@@ -86,13 +89,16 @@ class Tokenizer:
             tok = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception
             raise UserError(f"{path}: not a readable tokenizer ({e})") from None
+        tok.no_truncation()  # the file may have kept those of somebody's training run
+        tok.no_padding()
         self.specials = {t.content: i for i, t in tok.get_added_tokens_decoder().items() if t.special}
 
         def encode(text, specials):
             tok.encode_special_tokens = not specials  # the library's name for "specials as ordinary text"
             return tok.encode(text, add_special_tokens=False).ids
         self._encode, self.decode = encode, lambda ids: tok.decode(list(ids), skip_special_tokens=False)
-        self.adds_bos = len(tok.encode("", add_special_tokens=True).ids) > 0
+        added = tok.encode("", add_special_tokens=True).tokens
+        self.bos, self.adds_bos = added[0] if added else None, len(added) > 0
         self.vocab_size = tok.get_vocab_size()
 
     def _from_bpe(self, ranks: dict, split: str):
@@ -109,7 +115,7 @@ class Tokenizer:
                  "reserved_special_token_4", "eot_id"] + [f"reserved_special_token_{i}" for i in range(5, 251)]
         self.specials = {f"<|{n}|>": len(ranks) + i for i, n in enumerate(names)}
         self._from_bpe(ranks, LLAMA3_SPLIT)
-        self.adds_bos = True
+        self.bos, self.adds_bos = "<|begin_of_text|>", True
 
     def _from_gpt2(self, folder: Path):
         vocab = weights.read_json(folder / "vocab.json")
@@ -117,17 +123,16 @@ class Tokenizer:
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
         byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-        ranks = {}
-        for token, i in vocab.items():
-            if all(ch in byte_of for ch in token) and not (token.startswith("<|") and token.endswith("|>")):
-                ranks[bytes(byte_of[ch] for ch in token)] = i
-            else:
-                self.specials[token] = i
         # tiktoken merges by rank = id: right only if the ids follow the order of merges.txt, as GPT-2's do.
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merged = [vocab.get(m.replace(" ", "", 1)) for m in lines if m and not m.startswith("#version")]
+        merges = [m.replace(" ", "", 1) for m in lines if m and not m.startswith("#version")]
+        merged = [vocab.get(m) for m in merges]
         if None in merged or merged != sorted(merged):
             raise UserError(f"{folder / 'merges.txt'}: does not match vocab.json's order; bring a tokenizer.json instead")
+        # Neither a byte nor a merge: no text can become it, so it is special ("<|endoftext|>", others' "</s>").
+        plain = {*byte_of, *merges}
+        self.specials = {token: i for token, i in vocab.items() if token not in plain}
+        ranks = {bytes(byte_of[ch] for ch in token): i for token, i in vocab.items() if token not in self.specials}
         self._from_bpe(ranks, GPT2_SPLIT)
         self.adds_bos = False
 
@@ -144,8 +149,15 @@ class Tokenizer:
             if not specials:
                 return sp.encode(text)
             return [i for s in marks.split(text) if s for i in ([self.specials[s]] if s in self.specials else sp.encode(s))]
-        self._encode, self.decode = encode, lambda ids: sp.decode([int(i) for i in ids])
-        self.eos_id, self.adds_bos, self.vocab_size = sp.eos_id(), True, sp.get_piece_size()
+
+        def decode(ids):  # sentencepiece's own leaves special tokens out
+            runs = groupby(map(int, ids), names.__contains__)
+            return "".join("".join(names[i] for i in run) if special else sp.decode(list(run)) for special, run in runs)
+        names = {i: s for s, i in self.specials.items()}
+        self._encode, self.decode = encode, decode
+        self.bos = sp.id_to_piece(sp.bos_id()) if sp.bos_id() >= 0 else None
+        self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
+        self.adds_bos, self.vocab_size = True, sp.get_piece_size()
 
     def encode(self, text: str, specials: bool = False, continued: bool = False) -> list[int]:
         """specials: names of special tokens in `text` mean the tokens. continued: `text` goes on where another piece
