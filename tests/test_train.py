@@ -1,0 +1,714 @@
+"""The training loop: what a step computes, what a run leaves, how it stops. Numbers in brackets: rows of PITFALLS.md."""
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_data, make_folder
+from runs import evaluations, lines, no_picture, options, run, steps, timeless
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import data
+import lora
+import loss
+import train
+import weights
+from train import TrainConfig
+from weights import UserError
+
+FAMILIES = ("gpt2", "llama")
+ROWS = 18
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with one tiny model of each family, data of unequal length and two held-out rows."""
+    folder = tmp_path_factory.mktemp("shared")
+    for family in FAMILIES:
+        make_folder(folder / family, family)
+    make_data(folder / "data.jsonl", ROWS)
+    make_data(folder / "val.jsonl", 4)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    no_picture(monkeypatch)  # (the module's fixture `finished` comes before it, and draws)
+
+
+@pytest.fixture
+def go(shared, tmp_path):
+    """go(family, name of the run, **options) -> its step lines; the run's folder is tmp_path / name."""
+    def train_it(family="gpt2", name="run", **more):
+        more.setdefault("val_data", str(shared / "val.jsonl"))
+        return run(tmp_path / name, shared / family, more.pop("data", shared / "data.jsonl"), **more)
+    return train_it
+
+
+def examples(shared, family, file="data.jsonl"):
+    tokenizer = data.load_tokenizer(str(shared / family))
+    return data.build(data.read_rows(shared / file), tokenizer, data.load_template("auto", tokenizer), 128).examples
+
+
+def gradients(monkeypatch, train_it) -> list[torch.Tensor]:
+    """The gradients of a run's first step, as clipping gets them."""
+    found = []
+
+    def spy(parameters, max_norm, *args, **kwargs):
+        parameters = list(parameters)
+        if not found:
+            found.extend(p.grad.clone() for p in parameters)
+        return torch.nn.utils.clip_grad.clip_grad_norm_(parameters, max_norm, *args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+        train_it()
+    return found
+
+
+def assert_same_gradients(got, wanted, tolerance=1e-6):
+    assert len(got) == len(wanted)
+    norm = torch.stack([g.norm() for g in wanted]).norm()
+    difference = torch.stack([(a - b).norm() for a, b in zip(got, wanted, strict=True)]).norm()
+    assert difference <= tolerance * norm, f"gradients differ by {difference / norm:.1e} of their norm {norm:.3g}"
+
+
+# ---------------------------------------------------------------------------------------------- one step
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_micro_batches_have_the_gradient_of_one_batch(family, full, go, shared, monkeypatch):
+    """[1] 8 micro-batches of 1 and 4 of 2 are one batch of 8; and that is PyTorch's cross-entropy over it."""
+    first = data.plan([len(e.ids) for e in examples(shared, family)], 8, 1, 0, 0)[0][0]
+    chosen = [examples(shared, family)[i] for i in first]
+    assert len({sum(t != -100 for t in e.targets) for e in chosen}) > 3  # unequal: a mean of means would be another mean
+
+    def of(b, ga):
+        return gradients(monkeypatch, lambda: go(family, f"{b}x{ga}", steps=1, batch_size=b, grad_accum=ga, full=full))
+
+    model = weights.load(str(shared / family))
+    if full:
+        model.requires_grad_(True)
+    else:
+        torch.manual_seed(0)
+        lora.inject(model)
+    batch = data.collate(chosen)
+    F.cross_entropy(model(batch.ids).flatten(0, 1), batch.targets.flatten()).backward()
+    wanted = [p.grad for p in model.parameters() if p.requires_grad]
+    assert_same_gradients(of(8, 1), wanted)
+    for b, ga in ((2, 4), (1, 8)):
+        assert_same_gradients(of(b, ga), wanted)
+
+
+def test_an_example_without_a_label_changes_nothing(go, shared, monkeypatch, tmp_path):
+    """[2] A micro-batch whose only example has every label masked adds 0 to the loss and 0 to the labels divided by."""
+    make_data(tmp_path / "seven.jsonl", 7)
+    seven = dict(data=tmp_path / "seven.jsonl", steps=2, lr=1e-3)
+    wanted = gradients(monkeypatch, lambda: go(name="without", batch_size=7, **seven))
+    build = data.build
+
+    def with_masked(rows, *args):
+        d = build(rows, *args)
+        if len(rows) == 7:
+            d.examples.insert(3, data.Example([5, 6, 7, 8], [loss.IGNORE] * 4))
+        return d
+
+    monkeypatch.setattr(data, "build", with_masked)
+    for b, ga in ((8, 1), (2, 4), (1, 8)):
+        name = f"masked-{b}x{ga}"
+        assert_same_gradients(gradients(monkeypatch, lambda b=b, ga=ga, name=name:
+                                        go(name=name, batch_size=b, grad_accum=ga, **seven)), wanted)
+        got, plain = steps(tmp_path / name), steps(tmp_path / "without")
+        assert [x["examples"] for x in got] == [8, 8]
+        assert [x["loss"] for x in got] == pytest.approx([x["loss"] for x in plain], rel=1e-5)
+
+
+def test_memory_does_not_grow_with_grad_accum(go, tmp_path):
+    """[3] Each micro-batch's graph is freed by its backward."""
+    row = json.dumps({"instruction": "Say it " * 20, "output": "word " * 20})
+    (tmp_path / "same.jsonl").write_text((row + "\n") * 16)
+    for ga in (1, 4):
+        go(name=f"ga{ga}", data=tmp_path / "same.jsonl", steps=3, batch_size=4, grad_accum=ga)
+    one, four = (json.loads((tmp_path / f"ga{ga}" / "summary.json").read_text())["memory"]["measured_peak"] for ga in (1, 4))
+    assert one <= four < 1.05 * one
+
+
+def test_the_last_window_is_kept_and_weighed_right(go):
+    """[4] 18 rows at 2 x 4: steps of 8, 8 and 2 examples, the last divided by its own labels, as with 8 x 1."""
+    wanted = go(name="8x1", epochs=2, batch_size=8, lr=1e-2)
+    got = go(name="2x4", epochs=2, batch_size=2, grad_accum=4, lr=1e-2)
+    for xs in (got, wanted):
+        assert sorted(x["examples"] for x in xs[:3]) == sorted(x["examples"] for x in xs[3:]) == [2, 8, 8]
+    for key in ("loss", "grad_norm", "lr", "tokens"):
+        assert [x[key] for x in got] == pytest.approx([x[key] for x in wanted], rel=1e-5)
+
+
+def test_every_example_once_an_epoch(shared):
+    lengths = [len(e.ids) for e in examples(shared, "gpt2")]
+    for b, ga in ((8, 1), (2, 4), (5, 3), (100, 1)):
+        epochs = [data.plan(lengths, b, ga, 0, epoch) for epoch in (0, 1)]
+        for plan in epochs:
+            assert sorted(i for step in plan for micro in step for i in micro) == list(range(ROWS))
+        assert b == 100 or epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_examples_do_not_see_each_other(family, shared):
+    """[9] The loss of each example, and the gradient of all, as if each were alone."""
+    chosen = examples(shared, family)[:5]
+    model = weights.load(str(shared / family))
+
+    def total(es, pack):
+        batch = data.collate(es, pack)
+        return loss.sum_loss(model.hidden(batch.ids, batch.positions, batch.segments), model.head, batch.targets)
+
+    alone = [total([e], False) for e in chosen]
+    packed = total(chosen, True)
+    torch.testing.assert_close(packed, sum(alone), rtol=1e-6, atol=0)
+    for e, wanted in zip(chosen, alone, strict=True):  # one by one: the others' labels masked, their tokens still there
+        others = [o if o is e else data.Example(o.ids, [loss.IGNORE] * len(o.ids)) for o in chosen]
+        torch.testing.assert_close(total(others, True), wanted, rtol=1e-5, atol=0)
+    wanted = torch.autograd.grad(sum(alone), list(model.parameters()))
+    assert_same_gradients(torch.autograd.grad(packed, list(model.parameters())), wanted)
+    batch = data.collate(chosen, True)
+    blurred = loss.sum_loss(model.hidden(batch.ids, batch.positions), model.head, batch.targets)  # seeing across borders
+    assert abs(blurred - packed) > 1e-4 * packed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputing_layers_keeps_the_gradients(family, go, monkeypatch):
+    """[15] Frozen embeddings, dropout on, every N."""
+    def of(n):
+        more = dict(ckpt_every=n, lora_dropout=0.3, lora_targets="all")
+        return gradients(monkeypatch, lambda: go(family, f"ckpt{n}", steps=1, **more))
+
+    wanted = of(0)
+    assert sum(g.norm() > 0 for g in wanted) >= len(wanted) / 2  # B = 0 at the start: only B has a gradient
+    for n in (1, 2, 3):
+        assert_same_gradients(of(n), wanted)
+
+
+# ---------------------------------------------------------------------------------------------- learning rate
+
+def test_learning_rate_of_each_schedule():
+    total = 110
+    for schedule, middle, last in (("cosine", 0.5, 0.5 * (1 + math.cos(math.pi * 0.99))), ("linear", 0.5, 0.01),
+                                   ("constant", 1.0, 1.0)):
+        cfg = TrainConfig(lr=2.0, schedule=schedule, warmup_steps=10)
+        of = [train.learning_rate(i, cfg, total) / cfg.lr for i in range(total)]
+        assert of[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])  # step 0 already moves
+        assert of[10] == 1 and of[60] == pytest.approx(middle) and of[109] == pytest.approx(last)
+        assert all(a >= b for a, b in zip(of[10:], of[11:], strict=False))
+        cfg.warmup_steps = 0
+        assert train.learning_rate(0, cfg, total) == cfg.lr
+
+
+def test_the_schedule_counts_optimizer_steps(go, monkeypatch):
+    """[4] 6 steps of 4 micro-batches: AdamW is called 6 times, with the 6 learning rates of the schedule."""
+    used, adamw = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        used.append([g["lr"] for g in self.param_groups])
+        return adamw(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    got = go(steps=6, batch_size=2, grad_accum=4, lr=1e-2, warmup_steps=2, schedule="linear")
+    wanted = [0.5e-2, 1e-2, 1e-2, 0.75e-2, 0.5e-2, 0.25e-2]
+    assert [x["lr"] for x in got] == pytest.approx(wanted)
+    assert used == [[x["lr"]] * 2 for x in got]
+    assert [x["step"] for x in got] == [1, 2, 3, 4, 5, 6]
+
+
+# ---------------------------------------------------------------------------------------------- float16
+
+@pytest.fixture
+def float16(monkeypatch):
+    """A machine whose 16-bit type is float16: as on cards without bfloat16, but on the CPU."""
+    monkeypatch.setattr(weights, "half_dtype", lambda device: torch.float16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float16_follows_float32(family, go, float16):
+    """[17] With a threshold that every step exceeds: clipping scaled gradients would give another trajectory."""
+    common = dict(steps=6, lr=1e-2, clip=0.1)
+    wanted, got = go(family, "float32", **common), go(family, "float16", amp=True, **common)
+    for key, tolerance in (("loss", 2e-3), ("grad_norm", 1e-2)):
+        assert [x[key] for x in got] == pytest.approx([x[key] for x in wanted], rel=tolerance)
+    assert all(x["grad_norm"] > 0.1 for x in got)
+
+
+def test_float16_unscales_before_it_clips(go, float16, monkeypatch):
+    calls = []
+
+    def spy(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(name) or real(*a, **k))
+
+    for owner, name in ((torch.amp.GradScaler, "unscale_"), (torch.amp.GradScaler, "step"), (torch.amp.GradScaler, "update"),
+                        (torch.nn.utils, "clip_grad_norm_")):
+        spy(owner, name)
+    go(steps=2, amp=True, batch_size=2, grad_accum=2)
+    assert calls == ["unscale_", "clip_grad_norm_", "step", "update"] * 2
+
+
+def too_large_a_scale(monkeypatch, power: int):
+    real = torch.amp.GradScaler.__init__
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", lambda self, device, enabled:
+                        real(self, device, init_scale=2.0**power, enabled=enabled))
+
+
+def test_float16_skips_a_step_that_overflows_and_resumes_there(go, shared, float16, tmp_path, monkeypatch):
+    too_large_a_scale(monkeypatch, 24)
+    got = go(steps=12, amp=True, save_every=1, lr=1e-2)
+    skipped = [not math.isfinite(x["grad_norm"]) for x in got]
+    n = sum(skipped)
+    assert 1 <= n < 10 and skipped == [True] * n + [False] * (12 - n)
+    assert all(math.isfinite(x["loss"]) for x in got) and steps(tmp_path / "run")[-1]["loss"] < got[0]["loss"]
+
+    adamw, calls = torch.optim.AdamW.step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:  # after one skipped step, the moments have not been touched
+            raise KeyboardInterrupt
+        return adamw(self, *args, **kwargs)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(torch.optim.AdamW, "step", interrupted)
+        go(name="again", steps=12, amp=True, save_every=1, lr=1e-2)
+    train.main(TrainConfig(out=str(tmp_path / "again"), resume=True))
+    assert repr(timeless(steps(tmp_path / "again"))) == repr(timeless(got))  # repr: nan is not equal to nan
+
+
+def test_float16_that_never_fits_stops(go, float16, tmp_path, monkeypatch):
+    """[31] Overflow at every scale is not the scale's fault."""
+    too_large_a_scale(monkeypatch, 120)
+    with pytest.raises(UserError, match=r"step 25: .*float16"):
+        go(steps=40, amp=True, batch_size=1)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- stopping
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("family,name", [("gpt2", "transformer.h.1.mlp.c_fc.weight"), ("llama", "model.norm.weight")])
+def test_a_damaged_checkpoint_is_named(family, name, full, tmp_path, data_file):
+    """[31]"""
+    folder = make_folder(tmp_path / "damaged", family)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[3] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    where = name.removeprefix("transformer.").removesuffix("weight")  # (an adapted layer's has `base_layer.` in it)
+    with pytest.raises(UserError, match=r"damaged: " + where + r"\S*weight is not finite"):
+        run(tmp_path / "run", folder, data_file, steps=3, full=full)
+    assert not (tmp_path / "run" / "summary.json").exists() and not (tmp_path / "run" / "state").exists()
+
+
+@pytest.mark.parametrize("more", [{}, {"full": True}, {"clip": 0.0}], ids=["lora", "full", "no-clip"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_that_diverges_stops_and_names_the_learning_rate(family, more, go, tmp_path):
+    """[31]"""
+    with pytest.raises(UserError, match=r"step [23]: .*lower --lr \(now 1e\+06\)"):
+        go(family, steps=10, lr=1e6, **more)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert len(steps(tmp_path / "run")) < 3 and all(math.isfinite(x["loss"]) for x in steps(tmp_path / "run"))
+
+
+def stop_in_step(monkeypatch, n: int, how):
+    """Call how() inside optimizer step n of the runs under the returned context."""
+    adamw, calls = torch.optim.AdamW.step, []
+
+    def step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == n:
+            how()
+        return adamw(self, *args, **kwargs)
+
+    context = monkeypatch.context()
+    context.__enter__().setattr(torch.optim.AdamW, "step", step)
+    return context
+
+
+def final_tensors(out):
+    return load_file(out / "adapter" / "adapter_model.safetensors"), load_file(out / "state" / "state.safetensors")
+
+
+@pytest.mark.parametrize("family,dropout", [("gpt2", 0.25), ("llama", 0.0)])
+def test_twenty_steps_are_ten_and_resume_and_ten(family, dropout, go, tmp_path, monkeypatch):
+    """[27] Bit for bit, whether the run dies inside a step (and takes some again) or Ctrl-C lets it finish its step."""
+    common = dict(steps=20, lr=1e-2, batch_size=2, grad_accum=2, save_every=10, eval_every=10, lora_dropout=dropout)
+    go(family, "whole", **common)
+
+    def die():
+        raise KeyboardInterrupt
+
+    for name, n, how in (("died", 14, die), ("ctrl-c", 10, lambda: os.kill(os.getpid(), signal.SIGINT))):
+        context = stop_in_step(monkeypatch, n, how)
+        with pytest.raises(KeyboardInterrupt):
+            go(family, name, **common)
+        context.__exit__(None, None, None)
+        out = tmp_path / name
+        assert steps(out)[-1]["step"] == (13 if name == "died" else 10) and not (out / "summary.json").exists()
+        summary = train.main(TrainConfig(out=str(out), resume=True))
+        for got, wanted in zip(final_tensors(out), final_tensors(tmp_path / "whole"), strict=True):
+            assert got.keys() == wanted.keys() and all(torch.equal(got[k], wanted[k]) for k in wanted)
+        assert timeless(lines(out)) == timeless(lines(tmp_path / "whole"))
+        whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
+        assert summary["loss"] == whole["loss"] and summary["steps"] == 20
+
+
+def test_a_second_ctrl_c_stops_at_once(go, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    context = stop_in_step(monkeypatch, 3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        go(steps=6, save_every=2)
+    context.__exit__(None, None, None)
+    assert len(steps(tmp_path / "run")) == 2 and signal.getsignal(signal.SIGINT) is before
+    train.main(TrainConfig(out=str(tmp_path / "run"), resume=True))
+    assert [x["step"] for x in steps(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_save_that_breaks_off_leaves_the_last_one(go, tmp_path, monkeypatch):
+    """Half a file is written, then the run dies: what was there before is there still."""
+    real, calls = weights.save_file, []
+
+    def breaks_off(tensors, path, metadata):
+        real(tensors, path, metadata)
+        if "state" in Path(path).name:
+            calls.append(1)
+            if len(calls) == 3:
+                Path(path).write_bytes(Path(path).read_bytes()[:100])
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(weights, "save_file", breaks_off)
+        go(steps=5, save_every=1)
+    assert load_file(tmp_path / "run" / "state" / "state.safetensors")
+    train.main(TrainConfig(out=str(tmp_path / "run"), resume=True))
+    assert [x["step"] for x in steps(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert not [f for f in (tmp_path / "run").rglob("*") if ".tmp" in f.name]
+
+
+def test_a_line_cut_in_the_middle_is_dropped_on_resume(go, tmp_path, monkeypatch):
+    def die():
+        with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+            f.write('{"step": 4, "loss": 7.')
+        raise KeyboardInterrupt
+
+    context = stop_in_step(monkeypatch, 4, die)
+    with pytest.raises(KeyboardInterrupt):
+        go(steps=5, save_every=2)
+    context.__exit__(None, None, None)
+    train.main(TrainConfig(out=str(tmp_path / "run"), resume=True))
+    assert [x["step"] for x in steps(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def argv(cfg: TrainConfig) -> list[str]:
+    words = []
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if value != f.default:
+            words += ["--" + f.name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return words
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.003)
+
+
+def n_lines(out) -> int:
+    path = Path(out) / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_ctrl_c_in_a_terminal(shared, tmp_path):
+    out = tmp_path / "run"
+    cfg = options(out, shared / "gpt2", shared / "data.jsonl", steps=30, save_every=1000, eval_every=1000)
+    p = subprocess.Popen([sys.executable, ROOT / "train.py", *argv(cfg)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE)
+    wait_for(lambda: n_lines(out) >= 4, p)  # the first evaluation and 3 steps
+    p.send_signal(signal.SIGINT)
+    stdout, stderr = p.communicate(timeout=60)
+    assert p.returncode == 130 and "Traceback" not in stderr and "error" not in stderr
+    assert "--resume" in stdout.splitlines()[-1]
+    done = steps(out)[-1]["step"]
+    assert 3 <= done < 30 and (out / "state" / "state.safetensors").is_file() and not (out / "summary.json").exists()
+    train.main(train.parse(["--out", str(out), "--resume"]))
+    assert [x["step"] for x in steps(out)] == list(range(1, 31)) and (out / "summary.json").is_file()
+
+
+# Imports once, then trains in a child for each line of arguments: a fresh interpreter each time would take seconds to start.
+SERVER = """
+import json, os, sys
+import train, torch._dynamo  # (which the optimizer would import in every child)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        sys.stdout = open(os.devnull, "w")
+        train.main(train.parse(json.loads(line)))
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_at_any_moment_leaves_a_state_to_resume_from(shared, tmp_path):
+    out, rng = tmp_path / "run", random.Random(time.time_ns())
+    cfg = options(out, shared / "gpt2", shared / "data.jsonl", steps=32, save_every=1, eval_every=1000, full=True)
+    pipes = dict(text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, **pipes)
+    with server:
+        words = argv(cfg)
+        for _ in range(3):
+            before = n_lines(out)
+            server.stdin.write(json.dumps(words) + "\n")
+            server.stdin.flush()
+            pid = int(server.stdout.readline())
+            # A resumed run first rewrites metrics.jsonl without the steps after its save: fewer lines, then more.
+            wait_for(lambda n=before: n_lines(out) >= n + 3, server)
+            time.sleep(rng.uniform(0, 0.04))
+            os.kill(pid, signal.SIGKILL)
+            assert int(server.stdout.readline()) == signal.SIGKILL  # not finished: killed
+            state = load_file(out / "state" / "state.safetensors")  # whole
+            assert len(state) > 10 and all(torch.isfinite(v.float()).all() for v in state.values())
+            words = ["--out", str(out), "--resume"]
+        server.stdin.close()
+    train.main(train.parse(words))
+    assert [x["step"] for x in steps(out)] == list(range(1, 33))
+    assert weights.load(str(out / "model"))
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_held_out_loss_is_the_mean_over_tokens(family, shared):
+    found = examples(shared, family)
+    model = weights.load(str(shared / family))
+    total, labels, means = 0.0, 0, []
+    with torch.no_grad():
+        for e in found:
+            each = F.cross_entropy(model(torch.tensor([e.ids]))[0], torch.tensor(e.targets), reduction="sum").item()
+            n = sum(t != -100 for t in e.targets)
+            total, labels, means = total + each, labels + n, [*means, each / n]
+    replies = [json.loads(line)["output"] for line in (shared / "data.jsonl").read_text().splitlines()]
+    n_bytes = sum(len(r.encode()) for r in replies)
+    for b, pack in ((1, False), (5, False), (5, True), (100, False)):
+        got = train.evaluate(model, found, TrainConfig(device="cpu", batch_size=b, pack=pack))
+        assert got["val_loss"] == pytest.approx(total / labels, rel=1e-6)
+        assert got["val_bits_per_byte"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-6)
+    assert abs(sum(means) / len(means) - total / labels) > 1e-3  # the mean of means is another number
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_evaluations_are_equal_whatever_the_dropout(family, shared):
+    """[29]"""
+    found, cfg, values = examples(shared, family), TrainConfig(device="cpu", batch_size=4), []
+    for dropout in (0.0, 0.5):
+        model = weights.load(str(shared / family))
+        torch.manual_seed(0)
+        lora.inject(model, dropout=dropout)
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if "lora_B" in n:
+                    p.normal_()
+        model.train()
+        before = torch.get_rng_state()
+        values += [train.evaluate(model, found, cfg) for _ in range(2)]
+        assert model.training and torch.equal(torch.get_rng_state(), before)
+        hidden = model.hidden(torch.tensor([found[0].ids]))
+        assert torch.equal(hidden, model.hidden(torch.tensor([found[0].ids]))) == (dropout == 0)  # it is on in training
+    assert all(v == values[0] for v in values)
+
+
+# ---------------------------------------------------------------------------------------------- what a run leaves
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def finished(request, shared, tmp_path_factory):
+    """A run of 9 steps that unlearns the held-out replies: its best evaluation is not its last."""
+    out = tmp_path_factory.mktemp("finished") / request.param
+    zebras = shared / "zebras.jsonl"
+    zebras.write_text("".join(json.dumps({"instruction": f"Say zebra {i}", "output": "zebra " * (i + 2)}) + "\n"
+                              for i in range(4)))
+    cfg = options(out, shared / request.param, shared / "data.jsonl", val_data=str(zebras), steps=9, eval_every=3, lr=0.1,
+                  schedule="constant", lora_targets="all", samples=2, batch_size=4, grad_accum=2, weight_decay=0.1)
+    return request.param, out, train.main(cfg), cfg
+
+
+def number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def test_the_files_of_a_run(finished, shared):
+    family, out, summary, cfg = finished
+    top = {"config.json", "metrics.jsonl", "summary.json", "adapter", "best", "state", "loss.png", "samples.md"}
+    assert {f.name for f in out.iterdir()} == top
+    assert {f.name for f in (out / "state").iterdir()} == {"state.safetensors"}
+    for folder in ("adapter", "best"):
+        assert {f.name for f in (out / folder).iterdir()} == {"adapter_model.safetensors", "adapter_config.json",
+                                                              "chat_template.jinja", "generation_config.json"}
+        assert (out / folder / "chat_template.jinja").read_text() == data.ALPACA
+        assert json.loads((out / folder / "generation_config.json").read_text()) == {"eos_token_id": [4095]}
+    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (out / "loss.png").stat().st_size > 5000
+
+    config = json.loads((out / "config.json").read_text())
+    assert config.keys() == {"options", "versions", "seed", "commit"}
+    assert config["options"].keys() == {f.name for f in dataclasses.fields(TrainConfig)} - {"resume", "show_batch"}
+    given = {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in ("resume", "show_batch")}
+    assert {k: config["options"][k] for k in given} == given
+    assert config["options"]["warmup_steps"] == 0 and config["options"]["bits"] == 32  # as resolved
+    assert config["versions"]["torch"] == torch.__version__
+
+    got, evals = steps(out), evaluations(out)
+    assert [x["step"] for x in got] == list(range(1, 10)) and [x["step"] for x in evals] == [0, 3, 6, 9]
+    for x in got:
+        assert x.keys() == {"step", "loss", "lr", "grad_norm", "tokens", "examples", "step_s", "tokens_per_s"}
+        assert all(number(v) for v in x.values()) and x["step_s"] > 0 and x["lr"] == 0.1
+        assert x["tokens_per_s"] == pytest.approx(x["tokens"] / x["step_s"])
+    assert all(x.keys() == {"step", "val_loss", "val_bits_per_byte"} for x in evals)
+    epoch = sum(len(e.ids) for e in examples(shared, family))
+    assert sum(x["tokens"] for x in got[:3]) == epoch and sum(x["examples"] for x in got[:3]) == ROWS
+
+    samples = (out / "samples.md").read_text()
+    assert samples.count("## Prompt") == samples.count("**Before:**") == samples.count("**After:**") == 2
+    assert "Say zebra 0" in samples and "> zebra zebra" in samples
+
+
+def test_the_summary(finished):
+    _, out, summary, _ = finished
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert {k: set(v) if isinstance(v, dict) else None for k, v in summary.items()} == {
+        "params": {"total", "trainable", "percent"},
+        "memory": {"measured_peak", "reserved", "rss_peak", "by_category"},
+        "loss": {"first", "last", "val_before", "val_after", "val_best"},
+        "tokens_per_s": None, "examples_per_s": None, "wall_s": None, "steps": None}
+    got, evals, loss_ = steps(out), evaluations(out), summary["loss"]
+    assert (loss_["first"], loss_["last"]) == (got[0]["loss"], got[-1]["loss"])
+    values = [x["val_loss"] for x in evals]
+    assert (loss_["val_before"], loss_["val_after"], loss_["val_best"]) == (values[0], values[-1], min(values[1:]))
+    m, params = summary["memory"], summary["params"]
+    assert m["reserved"] is None and m["rss_peak"] > 50e6 and set(m["by_category"]) == {
+        "weights", "adapters", "gradients", "optimizer", "activations"}
+    assert sum(m["by_category"].values()) == m["measured_peak"]
+    assert m["by_category"]["weights"] == 4 * (params["total"] - params["trainable"])
+    assert m["by_category"]["adapters"] == 4 * params["trainable"]
+    assert m["by_category"]["optimizer"] >= 8 * params["trainable"]
+    assert params["percent"] == pytest.approx(100 * params["trainable"] / params["total"])
+    late = [x for x in got if x["step"] > 2]  # the first step warms up, the second is the ledger's
+    assert summary["tokens_per_s"] == pytest.approx(sum(x["tokens"] for x in late) / sum(x["step_s"] for x in late))
+    assert summary["examples_per_s"] == pytest.approx(sum(x["examples"] for x in late) / sum(x["step_s"] for x in late))
+    assert summary["steps"] == 9 and summary["wall_s"] > sum(x["step_s"] for x in got)
+
+
+def test_best_is_the_lowest_held_out_loss(finished, shared):
+    family, out, summary, cfg = finished
+    values = summary["loss"]
+    assert values["val_best"] < values["val_after"]  # or this test proves nothing
+    for folder, wanted in (("best", "val_best"), ("adapter", "val_after")):
+        model = lora.load(weights.load(str(shared / family)), out / folder)
+        got = train.evaluate(model, examples(shared, family, "zebras.jsonl"), cfg)
+        assert got["val_loss"] == pytest.approx(values[wanted], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_trains_every_weight_and_leaves_model_folders(family, go, shared, tmp_path):
+    go(family, full=True, steps=8, eval_every=2, lr=0.03, schedule="constant")
+    out, start = tmp_path / "run", dict(weights.load(str(shared / family)).named_parameters())
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["params"]["percent"] == 100 and summary["memory"]["by_category"]["adapters"] == 0
+    assert not (out / "adapter").exists()
+    for folder, wanted in (("model", "val_after"), ("best", "val_best")):
+        model = weights.load(str(out / folder))
+        assert (out / folder / "chat_template.jinja").is_file()
+        assert not [n for n, p in model.named_parameters() if torch.equal(p, start[n])]
+        found = examples(shared, family, "val.jsonl")
+        got = train.evaluate(model, found, TrainConfig(device="cpu", batch_size=8))["val_loss"]
+        assert got == pytest.approx(summary["loss"][wanted], rel=1e-5)
+        ours, theirs = (data.load_tokenizer(str(f)).encode("a b") for f in (out / folder, shared / family))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_learns(family, full, go, tmp_path):
+    """Four facts, from worse than a uniform guess (log 4096 = 8.3): by heart with --full, well on the way with LoRA, which
+    cannot turn the frozen random head's rows."""
+    facts = ("red", " stop"), ("green", " go"), ("blue", " sky"), ("white", " snow")
+    toy = tmp_path / "toy.jsonl"
+    toy.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in facts))
+    more, bar = ({"full": True, "lr": 1e-2}, 0.1) if full else ({"lora_targets": "all", "lora_r": 8, "lr": 3e-2}, 0.5)
+    go(family, data=toy, val_data=str(toy), steps=40, batch_size=4, eval_every=40, **more)
+    values = json.loads((tmp_path / "run" / "summary.json").read_text())["loss"]
+    assert values["val_before"] > 7 and values["val_after"] < bar * values["val_before"], values
+
+
+# ---------------------------------------------------------------------------------------------- options
+
+def test_train_config_is_the_only_list_of_options(capsys):
+    assert train.parse([]) == TrainConfig()
+    with pytest.raises(SystemExit) as e:
+        train.parse(["--help"])
+    assert e.value.code == 0
+    text = capsys.readouterr().out
+    for f in dataclasses.fields(TrainConfig):
+        assert re.search(rf"^  --{f.name.replace('_', '-')}\s", text, re.M), f.name
+        assert f.metadata["help"].split()[0] in text and f"{f.metadata['group']}:\n" in text
+
+
+def test_every_option_is_parsed_into_its_field():
+    other = {bool: True, int: 3, float: 0.25, str: "x"}
+    for f in dataclasses.fields(TrainConfig):
+        kind = f.metadata.get("type", f.type)
+        value = next((c for c in f.metadata.get("choices", ()) if c != f.default), other[kind])
+        cfg = train.parse(argv(dataclasses.replace(TrainConfig(), **{f.name: value})))
+        assert cfg == dataclasses.replace(TrainConfig(), **{f.name: value}) and isinstance(getattr(cfg, f.name), kind)
+
+
+@pytest.mark.parametrize("more,wanted", [
+    ({"batch_size": 0}, "--batch-size"), ({"grad_accum": 0}, "--grad-accum"), ({"steps": 0}, "--steps"),
+    ({"clip": -1.0}, "--clip"), ({"lr": math.nan}, "--lr"), ({"lr": math.inf}, "--lr"), ({"ckpt_every": -1}, "--ckpt-every"),
+    ({"full": True, "lora_r": 4}, "--lora-r"), ({"full": True, "lora_dropout": 0.1}, "--lora-dropout"),
+    ({"full": True, "bits": 16}, "--bits"), ({"bits": 16}, "--amp"), ({"from_scratch": True}, "--full"),
+    ({"val_data": "x", "data": "y", "val_frac": 0.2}, "--val-frac"), ({"val_data": "x"}, "--data"),
+    ({"steps": 5, "epochs": 2}, "--epochs"), ({"device": "nowhere"}, "--device")])
+def test_options_that_cannot_apply_are_refused(more, wanted):
+    with pytest.raises(UserError, match=wanted):
+        train.resolve(TrainConfig(**more))
+
+
+def test_a_run_is_not_overwritten_and_resume_keeps_its_options(go, shared, tmp_path):
+    with pytest.raises(UserError, match="no config.json"):
+        train.main(TrainConfig(out=str(tmp_path / "run"), resume=True))
+    go(steps=2)
+    before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    with pytest.raises(UserError, match="--resume"):
+        go(steps=2)
+    with pytest.raises(UserError, match=r"changed option: --batch-size 3"):
+        train.main(TrainConfig(out=str(tmp_path / "run"), batch_size=3, resume=True))
+    with pytest.raises(UserError, match="needs --out"):
+        train.main(TrainConfig(resume=True))
+    for more, wanted in (({"max_length": 129}, "--max-length 129"), ({"ckpt_every": 4}, "--ckpt-every 4")):
+        with pytest.raises(UserError, match=wanted):
+            go(name="other", **more)
+    assert before == {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    assert not (tmp_path / "other").exists()  # refused before anything was written
