@@ -54,8 +54,8 @@ class TrainConfig:
     lora_r: int = option(8, "lora", "rank r of the adapters")
     lora_alpha: float = option(16.0, "lora", "the adapters' output is scaled by alpha / r")
     lora_dropout: float = option(0.0, "lora", "dropout on the adapters' input")
-    lora_targets: str = option(None, "lora", "layers with an adapter: q_proj,v_proj or c_attn or all (default: Q and V)",
-                               type=str)
+    lora_targets: str = option(None, "lora", "layers with an adapter, such as q_proj,v_proj or c_attn or all (default: Q "
+                               "and V; all for gpt2-nano)", type=str)
     rslora: bool = option(False, "lora", "scale by alpha / sqrt(r) instead")
     full: bool = option(False, "lora", "train every weight, no adapters")
     data: str = option(None, "data", "JSON, JSONL, CSV or TXT file (default: the bundled assets/support.jsonl)", type=str)
@@ -117,6 +117,8 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         cfg.data, cfg.val_data = str(ASSETS / "support.jsonl"), str(ASSETS / "support-heldout.jsonl")
     if cfg.steps and cfg.epochs != default.epochs:
         raise UserError("--steps and --epochs both say how long to train; give one")
+    if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full:
+        cfg.lora_targets = "all"  # 4M parameters know little that Q and V alone could steer: see LOG.md
     cfg.device = weights.usable_device(cfg.device)
     cfg.bits = cfg.bits or (16 if cfg.amp and not cfg.full else 32)
     if cfg.bits == 16 and not cfg.amp:

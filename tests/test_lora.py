@@ -45,9 +45,12 @@ def logits(model):
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def assert_same(a, b, other=None):
+MERGED = 3e-5  # (W + s B A) x rounds in other places than W x + s B A x
+
+
+def assert_same(a, b, other=None, tolerance=1e-5):
     """Equal logits; and, so that equality says something, clearly different from `other`."""
-    assert (a - b).abs().max() <= 1e-5 * b.std()
+    assert (a - b).abs().max() <= tolerance * b.std()
     if other is not None:
         assert (b - other).abs().max() > 0.1 * b.std()
 
@@ -284,7 +287,7 @@ def test_merge_is_exact_and_idempotent(folders, kind, options):
     before = logits(model)
     for _ in range(2):
         assert lora.merge(model) is model and not lora.adapters(model)
-        assert_same(logits(model), before, base)
+        assert_same(logits(model), before, base, MERGED)
 
 
 def test_eval_and_train_do_not_merge(folders):
@@ -318,8 +321,8 @@ def test_merge_command(folders, tmp_path, kind, targets):
         lora.main(argv)
     assert "lm_head.weight" not in load_file(out / "model.safetensors") and (out / "merges.txt").is_file()
     base = logits(weights.load(folders[kind]))
-    assert_same(logits(weights.load(out)), logits(model), base)
-    assert_same(logits(hf_model(out)), logits(model), base)
+    assert_same(logits(weights.load(out)), logits(model), base, MERGED)
+    assert_same(logits(hf_model(out)), logits(model), base, MERGED)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "tied llama"])
@@ -334,8 +337,8 @@ def test_merge_unties_an_adapted_head(folders, tmp_path, kind):
     assert torch.equal(merged[embedding], base[embedding])
     assert (merged["lm_head.weight"] - base[embedding]).abs().max() > 0.1
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
-    assert_same(logits(weights.load(out)), logits(model), logits(weights.load(folders[kind])))
-    assert_same(logits(hf_model(out)), logits(model))
+    assert_same(logits(weights.load(out)), logits(model), logits(weights.load(folders[kind])), MERGED)
+    assert_same(logits(hf_model(out)), logits(model), tolerance=MERGED)
 
 
 def test_merge_command_in_16_bit_and_into_an_existing_folder(folders, tmp_path):

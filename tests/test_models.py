@@ -108,19 +108,19 @@ def test_parity_notices_another_gelu(tmp_path, monkeypatch):
 
 
 def test_parity_notices_interleaved_rope(tmp_path, monkeypatch):
-    def interleaved(x, cos, sin):
+    def interleaved(x, cos, sin):  # Meta's original pairing
         a, b = x[..., ::2], x[..., 1::2]
         return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
     expected = reference(tmp_path, "llama")
-    monkeypatch.setattr(llama, "rope", interleaved)
+    monkeypatch.setattr(llama, "turn", interleaved)
     assert error(tmp_path, expected) > 0.1
 
 
-@pytest.mark.parametrize("file", sorted(REFERENCE.glob("*.json")), ids=lambda f: f.stem)
-def test_frozen_reference_logits(file):
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_frozen_reference_logits(name):
     """Parity where transformers is not installed; reference/make.py wrote the file with it."""
-    ref = json.loads(file.read_text())
+    ref = json.loads((REFERENCE / f"{name}.json").read_text())
     config, model_class = weights.FAMILIES[ref["config"]["model_type"]]
     model = randomise(model_class(config.from_json(ref["config"])), ref["seed"])
     with torch.no_grad():
@@ -128,10 +128,6 @@ def test_frozen_reference_logits(file):
     expected = torch.tensor(ref["logits"])
     assert expected.std() > 0.5
     assert (logits[ref["positions"]][:, ref["tokens"]] - expected).abs().max() <= 1e-5 * expected.std()
-
-
-def test_frozen_references_are_there():
-    assert {f.stem for f in REFERENCE.glob("*.json")} == {"gpt2", "llama3"}
 
 
 # ---------------------------------------------------------------------------------------------- batches and caches
