@@ -10,12 +10,11 @@ Three decisions, each against a bug that trains quietly and wrongly elsewhere:
 * The examples of an optimizer step are chosen first, the split into micro-batches second. So --batch-size 8 and
   --batch-size 2 --grad-accum 4 take the same steps, and --pack lays out the same examples without padding.
 """
-import base64
 import csv
 import datetime
 import functools
+import io
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,158 +23,9 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
-import weights
 from loss import IGNORE
+from tokenizer import Tokenizer, load_tokenizer  # noqa: F401  (data.load_tokenizer is the name to use)
 from weights import UserError
-
-# ---------------------------------------------------------------------------------------------- tokenizers
-
-GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                r"|\s+(?!\S)|\s+")
-
-
-class Tokenizer:
-    """`encode(text) -> ids`, `decode(ids) -> text`, `eos_id`, whichever library does the work.
-
-    encode adds no token of its own and reads "<|endoftext|>" in a user's text as plain characters; only
-    `encode(text, specials=True)`, used for what a template writes, turns such names into their ids. continued=True
-    means that the text goes on where another piece ended (sentencepiece would put a space in front of it).
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        meta = {}
-        for f in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (folder / f).is_file():
-                meta.update({k: v for k, v in weights.read_json(folder / f).items() if v is not None})
-        self.specials: dict[str, int] = {}
-        if (folder / "tokenizer.json").is_file():
-            self._from_tokenizers(folder / "tokenizer.json")
-        elif (folder / "tokenizer.model").is_file():
-            data = (folder / "tokenizer.model").read_bytes()
-            if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", data):  # Llama 3: lines of base64 and rank
-                self._from_tiktoken(data)
-            else:
-                self._from_sentencepiece(folder / "tokenizer.model")
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            self._from_gpt2(folder)
-        else:
-            raise UserError(f"{folder}: no tokenizer in it (tokenizer.json, tokenizer.model, or vocab.json + merges.txt)")
-        self.bos, eos = (self._token_text(meta.get(k)) for k in ("bos_token", "eos_token"))
-        self.eos_id = self.specials.get(eos) if eos else None
-        self._ids_from_config(folder)
-        if self.eos_id is None:
-            raise UserError(f"{folder}: no end-of-text token is named in tokenizer_config.json or config.json")
-        names = {i: s for s, i in self.specials.items()}
-        self.eos = eos or names.get(self.eos_id) or self.decode([self.eos_id])
-        self.adds_bos = bool(meta.get("add_bos_token", self.adds_bos)) and bool(self.bos)
-        self.chat_template = self._read_template(folder, meta)
-        # Does the tokenizer put a space before every text (LLaMA 1 and 2)? Then a piece that continues must drop it.
-        self._marker = self._encode("\n", False) if self._encode("a", False) != self._encode("\na", False)[-1:] else None
-
-    @staticmethod
-    def _token_text(token):
-        return token.get("content") if isinstance(token, dict) else token
-
-    def _ids_from_config(self, folder: Path):
-        """The ids that end a generation: the tokenizer's, and those that config.json and generation_config.json add."""
-        self.stop_ids = set()
-        for f in ("generation_config.json", "config.json"):
-            if (folder / f).is_file():
-                ids = weights.read_json(folder / f).get("eos_token_id")
-                ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-                self.stop_ids.update(ids)
-                if self.eos_id is None and ids:
-                    self.eos_id = ids[0]
-        if self.eos_id is not None:
-            self.stop_ids.add(self.eos_id)
-
-    @staticmethod
-    def _read_template(folder: Path, meta: dict) -> str | None:
-        if (folder / "chat_template.jinja").is_file():
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        template = meta.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        return template
-
-    def _from_tokenizers(self, path: Path):
-        import tokenizers
-        try:
-            tok = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the library raises bare Exception
-            raise UserError(f"{path}: not a readable tokenizer ({e})") from None
-        self.specials = {t.content: i for i, t in tok.get_added_tokens_decoder().items() if t.special}
-
-        def encode(text, specials):
-            tok.encode_special_tokens = not specials  # the library's name for "specials as ordinary text"
-            return tok.encode(text, add_special_tokens=False).ids
-        self._encode, self.decode = encode, lambda ids: tok.decode(list(ids), skip_special_tokens=False)
-        self.adds_bos = len(tok.encode("", add_special_tokens=True).ids) > 0
-        self.vocab_size = tok.get_vocab_size()
-
-    def _from_bpe(self, ranks: dict, split: str):
-        import tiktoken
-        bpe = tiktoken.Encoding(self.folder.name, pat_str=split, mergeable_ranks=ranks, special_tokens=self.specials)
-        self._encode = lambda text, specials: bpe.encode(text, allowed_special="all" if specials else set(),
-                                                         disallowed_special=())
-        self.decode, self.vocab_size = lambda ids: bpe.decode(list(ids)), bpe.n_vocab
-
-    def _from_tiktoken(self, data: bytes):
-        ranks = {base64.b64decode(t): int(rank) for t, rank in (line.split() for line in data.splitlines())}
-        names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-                 "reserved_special_token_2", "reserved_special_token_3", "start_header_id", "end_header_id",
-                 "reserved_special_token_4", "eot_id"] + [f"reserved_special_token_{i}" for i in range(5, 251)]
-        self.specials = {f"<|{n}|>": len(ranks) + i for i, n in enumerate(names)}
-        self._from_bpe(ranks, LLAMA3_SPLIT)
-        self.adds_bos = True
-
-    def _from_gpt2(self, folder: Path):
-        vocab = weights.read_json(folder / "vocab.json")
-        # vocab.json writes bytes as printable characters (GPT-2's bytes_to_unicode): undo it.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-        ranks = {}
-        for token, i in vocab.items():
-            if all(ch in byte_of for ch in token) and not (token.startswith("<|") and token.endswith("|>")):
-                ranks[bytes(byte_of[ch] for ch in token)] = i
-            else:
-                self.specials[token] = i
-        # tiktoken merges by rank = id: right only if the ids follow the order of merges.txt, as GPT-2's do.
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merged = [vocab.get(m.replace(" ", "", 1)) for m in lines if m and not m.startswith("#version")]
-        if None in merged or merged != sorted(merged):
-            raise UserError(f"{folder / 'merges.txt'}: does not match vocab.json's order; bring a tokenizer.json instead")
-        self._from_bpe(ranks, GPT2_SPLIT)
-        self.adds_bos = False
-
-    def _from_sentencepiece(self, path: Path):
-        import sentencepiece
-        try:
-            sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as e:
-            raise UserError(f"{path}: not a readable sentencepiece model ({e})") from None
-        self.specials = {sp.id_to_piece(i): i for i in (sp.bos_id(), sp.eos_id()) if i >= 0}
-        marks = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
-
-        def encode(text, specials):
-            pieces = marks.split(text) if specials else [text]
-            return [i for s in pieces if s for i in ([self.specials[s]] if specials and s in self.specials else sp.encode(s))]
-        self._encode, self.decode = encode, lambda ids: sp.decode([int(i) for i in ids])
-        self.eos_id, self.adds_bos, self.vocab_size = sp.eos_id(), True, sp.get_piece_size()
-
-    def encode(self, text: str, specials: bool = False, continued: bool = False) -> list[int]:
-        if continued and self._marker is not None and text:
-            return self._encode("\n" + text, specials)[len(self._marker):]  # a newline never merges with what follows
-        return self._encode(text, specials)
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model: a short name, org/name or a folder."""
-    return Tokenizer(weights.find(str(name)))
-
 
 # ---------------------------------------------------------------------------------------------- templates
 
@@ -209,9 +59,8 @@ def load_template(spec: str, tokenizer: Tokenizer) -> str:
         raise UserError(f"--template {spec}: neither auto, chat, alpaca nor a readable file ({e})") from None
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)  # compiling takes longer than tokenising
 def compiled(template: str) -> jinja2.Template:
-    """Compiled once: jinja takes some 10 ms, and every row is rendered twice; 50,000 rows would wait 15 minutes."""
     def raise_exception(message):
         raise jinja2.TemplateError(message)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
@@ -227,7 +76,7 @@ def render(template: str, messages: list[dict], tokenizer: Tokenizer, prompt: bo
                     for m in messages]
     try:
         return compiled(template).render(messages=messages, bos_token=tokenizer.bos or "", eos_token=tokenizer.eos,
-                                         add_generation_prompt=prompt)
+                                         add_generation_prompt=prompt, tools=None, documents=None)
     except jinja2.TemplateError as e:
         raise UserError(f"the chat template refused the messages: {e}") from None
 
@@ -288,7 +137,8 @@ def read_rows(path) -> list[tuple[str, dict]]:
                 if line.strip():
                     rows.append((f"{path}:{n}", json.loads(line)))
         elif kind == ".csv":
-            reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+            csv.field_size_limit(2 ** 31 - 1)  # documents are longer than the module's 131,072 characters
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             rows = [(f"{path}:{reader.line_num}", r) for r in reader]
         elif kind == ".txt":
             rows = [(f"{path}", {"text": text})]
@@ -298,7 +148,7 @@ def read_rows(path) -> list[tuple[str, dict]]:
         line = e.lineno if kind == ".json" else n
         raise UserError(f"{path}:{line}: broken JSON ({e.msg}, column {e.colno})") from None
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: broken CSV ({e})") from None
+        raise UserError(f"{path}:{reader.line_num + 1}: broken CSV ({e})") from None  # it counts the rows that were whole
     if not rows:
         raise UserError(f"{path}: no rows in it")
     for where, row in rows:
@@ -307,13 +157,19 @@ def read_rows(path) -> list[tuple[str, dict]]:
     return rows
 
 
+def whole(text: str) -> str:
+    """Half a character (a text cut in UTF-16 can end in one) -> U+FFFD: it can be neither tokenised nor written."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def to_messages(where: str, row: dict):
-    """A row -> list of messages, or a list of (text, learned) pieces where no template applies (prompt/completion, text)."""
+    """A row -> its messages, or (text, learned) pieces where no template applies (prompt/completion, text)."""
     def field(name, default=None):
         value = row.get(name, default)
         if not isinstance(value, str):
-            raise UserError(f"{where}: field {name!r} must be text, found {'null' if value is None else type(value).__name__}")
-        return value
+            kind = "null" if value is None else type(value).__name__
+            raise UserError(f"{where}: field {name!r} must be text, found {kind}")
+        return whole(value)
 
     for column, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
         if column in row:
@@ -325,11 +181,11 @@ def to_messages(where: str, row: dict):
             messages = []
             for t in turns:
                 role, content = t.get(role_key), t.get(text_key)
-                if role not in ROLES:
+                if not isinstance(role, str) or role not in ROLES:
                     raise UserError(f"{where}: {column}: role {role!r} is not one of {', '.join(ROLES)}")
                 if not isinstance(content, str):
                     raise UserError(f"{where}: {column}: {text_key!r} must be text, found {type(content).__name__}")
-                messages.append({"role": ROLES[role], "content": content})
+                messages.append({"role": ROLES[role], "content": whole(content)})
             return messages
     if "instruction" in row and ("output" in row or "response" in row):
         user = {"role": "user", "content": field("instruction"), "input": field("input", "")}
@@ -389,7 +245,11 @@ def tokenize(pieces, tokenizer: Tokenizer, bos: bool) -> tuple[list[int], list[b
     ids = [tokenizer.specials[tokenizer.bos]] if bos and tokenizer.adds_bos else []
     learned = [False] * len(ids)
     for i, (text, learn) in enumerate(pieces):
-        piece = tokenizer.encode(text, specials=not bos, continued=i > 0)
+        if i and not bos and tokenizer.eos in tokenizer.specials and pieces[i - 1][0].endswith(tokenizer.eos):
+            # Some tokenizers put a space after a special token, some take one away: let it see the token.
+            piece = tokenizer.encode(tokenizer.eos + text, specials=True)[1:]
+        else:
+            piece = tokenizer.encode(text, specials=not bos, continued=i > 0)
         ids += piece
         learned += [learn] * len(piece)
     return ids, learned
@@ -404,7 +264,10 @@ def build(rows, tokenizer: Tokenizer, template: str, max_length: int) -> Dataset
     for where, row in tqdm(rows, desc="tokenising", leave=False, disable=len(rows) < 2000):
         row = to_messages(where, row)
         raw = bool(row) and isinstance(row[0], tuple)
-        pieces = row if raw else segments(row, template, tokenizer)
+        try:
+            pieces = row if raw else segments(row, template, tokenizer)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
         if not pieces or not any(text for text, learn in row if learn) if raw else not any(
                 m["role"] == "assistant" and m["content"] for m in row):
             data.n_dropped += 1  # only the end-of-text token would be learned
@@ -488,7 +351,8 @@ def collate(examples: list[Example], pack: bool = False) -> Batch:
     """Examples -> one rectangle: padded on the right to the longest, or (pack) laid end to end in a single row."""
     lengths = [len(e.ids) for e in examples]
     if pack:
-        batch = Batch(torch.tensor([[i for e in examples for i in e.ids]]), torch.tensor([[t for e in examples for t in e.targets]]))
+        batch = Batch(torch.tensor([[i for e in examples for i in e.ids]]),
+                      torch.tensor([[t for e in examples for t in e.targets]]))
         batch.positions, batch.segments = torch.cat([torch.arange(n) for n in lengths])[None], lengths
     else:
         T = max(lengths)  # the id of padding is never looked at: 0 exists in every vocabulary
@@ -503,16 +367,17 @@ def show(examples: list[Example], tokenizer: Tokenizer, colour: bool) -> str:
     """Decoded examples with what is learned marked: green on a terminal, [[...]] elsewhere; the rest is only read."""
     lines = []
     for n, e in enumerate(examples, 1):
-        out, learned = tokenizer.decode(e.ids[:1]), False
-        runs = []
-        for i, t in zip([*e.ids[1:], None], e.targets):
-            if (t != IGNORE) != learned or not runs:
-                runs.append([])
-                learned = t != IGNORE
-                runs[-1].append(learned)
-            runs[-1].append(t if learned else i)
-        for is_learned, *ids in runs:
-            text = tokenizer.decode([i for i in ids if i is not None])
-            out += (f"\x1b[32m{text}\x1b[0m" if colour else f"[[{text}]]") if is_learned else text
+        ids = e.ids + [t for t in e.targets[-1:] if t != IGNORE]
+        learned = [False] + [t != IGNORE for t in e.targets]
+        out, shown, start = "", 0, 0
+        for end in range(1, len(ids) + 1):
+            if end < len(ids) and learned[end] == learned[start]:
+                continue
+            text = tokenizer.decode(ids[:end])[shown:]  # by itself, a run could lose its first space
+            if end < len(ids):
+                text = text.rstrip("\ufffd")  # half a character: the next run has the rest
+            shown += len(text)
+            out += (f"\x1b[32m{text}\x1b[0m" if colour else f"[[{text}]]") if learned[start] else text
+            start = end
         lines.append(f"--- example {n}: {len(e.ids)} positions, {sum(t != IGNORE for t in e.targets)} learned\n{out}")
     return "\n".join(lines)

@@ -25,6 +25,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from attention import attend
+
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.json -> F.gelu(approximate=)
 
 # config.json keys that do not change what the model computes when it runs or is fine-tuned.
@@ -96,12 +98,7 @@ class Attention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # every token so far; x is the prompt, or one new token
-        if segments is None:
-            # Causal attention needs no padding mask: padding stands on the right, where no real token looks.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        else:  # a packed row: attention example by example, so the work is sum(t^2) and nothing crosses a border
-            y = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True)
-                           for qkv in zip(q.split(segments, 2), k.split(segments, 2), v.split(segments, 2))], dim=2)
+        y = attend(q, k, v, segments)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -22,6 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from attention import attend
+
 # config.json keys that do not change what the model computes when it runs or is fine-tuned.
 HARMLESS = set("""architectures model_type transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
     unk_token_id initializer_range attention_dropout use_cache return_dict id2label label2id chunk_size_feed_forward
@@ -105,33 +107,85 @@ def rope_tables(config: Config, positions):
         return angle.cos(), angle.sin()
 
 
-def rope(x, cos, sin):
-    """Turn the pairs (x[i], x[i + D/2]) of x (B, T, H, D): the "split-half" pairing of Hugging Face's checkpoints.
+class Rope(torch.autograd.Function):
+    """Turn the pairs (x[i], x[i + D/2]) of x (B, T, H, D) by the tables' angle: the "split-half" pairing of Hugging
+    Face's checkpoints. Meta's original files pair (x[2i], x[2i + 1]); mixing the two up gives fluent garbage.
 
-    Meta's original files pair (x[2i], x[2i + 1]); mixing the two up gives fluent garbage.
+    A rotation's gradient is the rotation back, so backward keeps nothing but the tables.
     """
-    a, b = x.chunk(2, dim=-1)  # 16-bit x times float32 tables is computed in float32
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, -sin), None, None
+
+
+def turn(x, cos, sin):
+    a, b = x.float().chunk(2, dim=-1)  # the angles' arithmetic in float32
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1).to(x.dtype)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = w x r,  r = 1 / sqrt(mean(x^2) + eps)  (arXiv:1910.07467), in float32; one r a row.
+
+    With g = w dy:   dx = r g - x r^3 mean(g x).    Kept for backward: x, which the residual stream holds anyway, and r.
+    Written as plain operations, autograd would keep x twice in float32: 4C more 16-bit numbers a token and norm.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).to(x.dtype).mul_(weight) if weight.dtype == x.dtype else (x * r * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, r = ctx.saved_tensors
+        g = grad.float() * weight
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            mean = (g * x).mean(-1, keepdim=True)
+            dx = torch.addcmul(g * r, x, mean * r.pow(3), value=-1).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (grad * x * r).flatten(0, -2).sum(0).to(weight.dtype)
+        return dx, dw, None
 
 
 class RMSNorm(nn.Module):
-    """y = w * x / sqrt(mean(x^2) + eps) (arXiv:1910.07467); the mean is taken in float32."""
-
     def __init__(self, n_embd: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_embd))
         self.eps = eps
 
     def forward(self, x):
-        r = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x.float() * r).to(x.dtype)
+        return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up (arXiv:2002.05202). Kept for backward: gate and up; silu(gate) is computed again, which saves a
+    third of what the product would keep: 2F bytes a token and layer."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         C, H, K, D, bias = config.n_embd, config.n_head, config.n_kv_head, config.head_dim, config.attention_bias
-        self.layer, self.head_dim, self.groups = layer, D, H // K
+        self.layer, self.head_dim = layer, D
         self.q_proj = nn.Linear(C, H * D, bias=bias)
         self.k_proj = nn.Linear(C, K * D, bias=bias)
         self.v_proj = nn.Linear(C, K * D, bias=bias)
@@ -139,18 +193,12 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, segments=None, cache=None):
         B, T, C = x.shape
-        q = rope(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
-        k = rope(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, D)
+        q = Rope.apply(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = Rope.apply(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # every token so far; x is the prompt, or one new token
-        gqa = self.groups > 1
-        if segments is None:
-            # Causal attention needs no padding mask: padding stands on the right, where no real token looks.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
-        else:  # a packed row: attention example by example, so the work is sum(t^2) and nothing crosses a border
-            y = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa)
-                           for qkv in zip(q.split(segments, 2), k.split(segments, 2), v.split(segments, 2))], dim=2)
+        y = attend(q, k, v, segments)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -163,7 +211,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(F_, C, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C) -> (B, T, F) -> (B, T, C)
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))  # (B, T, C) -> (B, T, F) -> (B, T, C)
 
 
 class Block(nn.Module):

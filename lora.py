@@ -22,6 +22,7 @@ Usage: python lora.py merge --model M --adapter DIR --out DIR [--dtype float32] 
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -43,13 +44,11 @@ class LoRALinear(nn.Module):
         self.r, self.alpha, self.dropout, self.rslora, self.parts = r, alpha, dropout, rslora, parts
         # rsLoRA (arXiv:2312.03732): alpha / sqrt(r) keeps the adapter's output the same size at every rank.
         self.scale = alpha / math.sqrt(r) if rslora else alpha / r
-        sizes = getattr(base, "parts", {})
-        self.rows = [sizes[p] for p in parts] if parts else [base.out_features]
-        self.skipped = [(p, n) for p, n in sizes.items()] if parts else []
+        rows = [base.parts[p] for p in parts] if parts else [base.out_features]
         device = base.weight.device
         # Always float32: an update of 1e-4 to a bfloat16 weight of 0.05 rounds to nothing, and training stands still.
-        self.lora_A = nn.Parameter(torch.empty(r * len(self.rows), base.in_features, device=device))
-        self.lora_B = nn.ParameterList(torch.zeros(n, r, device=device) for n in self.rows)
+        self.lora_A = nn.Parameter(torch.empty(r * len(rows), base.in_features, device=device))
+        self.lora_B = nn.ParameterList(torch.zeros(n, r, device=device) for n in rows)
         for a in self.lora_A.split(r):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as PEFT and the authors' code do
 
@@ -58,7 +57,8 @@ class LoRALinear(nn.Module):
         if not self.parts:
             return self.lora_B[0]
         own = dict(zip(self.parts, self.lora_B))
-        return torch.block_diag(*[own[p] if p in own else self.lora_A.new_zeros(n, 0) for p, n in self.skipped])
+        return torch.block_diag(*[own[p] if p in own else self.lora_A.new_zeros(rows, 0)  # (rows, 0): rows without a column
+                                  for p, rows in self.base_layer.parts.items()])
 
     def forward(self, x):
         h = self.base_layer(x)  # (..., out)
@@ -72,13 +72,19 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self):
-        """W + (alpha / r) B A, for a head that carries an adapter: loss.py multiplies by the head's weight itself."""
-        w = self.base_layer.weight
-        return (w + self.delta()).to(w.dtype)
+        return self.base_layer.weight
 
     @property
     def bias(self):
         return self.base_layer.bias
+
+    def widen(self, x):
+        """x (..., in + R) and W (out, in + R) whose product is this layer's output: for a head, which loss.py multiplies.
+
+        [x, (alpha / r) A x] times [W, B]. Not W + (alpha / r) B A, which in 16 bit rounds a young adapter to nothing.
+        """
+        z = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)) * self.scale
+        return torch.cat([x, z], -1), torch.cat([self.weight, self.B().to(self.weight.dtype)], 1)
 
 
 def is_linear(module) -> bool:
@@ -100,29 +106,29 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
         raise UserError("this model has adapters already; merge them first")
     model.requires_grad_(False)
     linears = {n: m for n, m in model.named_modules() if is_linear(m)}
-    targets = [targets] if isinstance(targets, str) else list(targets or model.default_targets)
-    chosen: dict[str, list[str]] = {}  # layer name -> parts; an empty list is the whole layer
-    for target in targets:
-        before = len(chosen), sum(map(len, chosen.values()))
-        for name, linear in linears.items():
-            if target == "all":
-                if not name.endswith("lm_head"):
-                    chosen[name] = []
-            elif name == target or name.endswith("." + target):
-                chosen[name] = []
-            else:
-                layer, _, part = target.rpartition(".")
-                if layer and part in getattr(linear, "parts", {}) and (name == layer or name.endswith("." + layer)):
-                    if chosen.get(name) != []:
-                        chosen.setdefault(name, []).append(part)
-        if before == (len(chosen), sum(map(len, chosen.values()))):
-            known = sorted({n.rsplit(".", 1)[-1] for n in linears} |
-                           {f"{n.rsplit('.', 1)[-1]}.{p}" for n, m in linears.items() for p in getattr(m, "parts", {})})
-            raise UserError(f"--lora-targets {target}: matches no (further) layer; this model has {', '.join(known)}, all")
+    chosen: dict[str, set] = {}  # layer name -> its parts; {None} is the whole layer
+    for target in [targets] if isinstance(targets, str) else targets or model.default_targets:
+        found = matches(linears, target)
+        if not found:
+            known = {n.rsplit(".", 1)[-1]: m for n, m in linears.items()}
+            names = [*known, *(f"{n}.{p}" for n, m in known.items() for p in getattr(m, "parts", ())), "all"]
+            raise UserError(f"--lora-targets {target}: no such layer; this model has {', '.join(sorted(names))}")
+        for name, part in found:
+            chosen.setdefault(name, set()).add(part)
     for name, parts in chosen.items():
-        parts = tuple(p for p in linears[name].parts if p in parts) if parts else None  # in the matrix's order
+        parts = None if None in parts else tuple(p for p in linears[name].parts if p in parts)  # in the matrix's order
         replace(model, name, LoRALinear(linears[name], r, alpha, dropout, rslora, parts))
     return model
+
+
+def matches(linears: dict, target: str) -> list[tuple[str, str | None]]:
+    """The (layer, part) pairs that a target names; part None is the whole layer."""
+    if target == "all":
+        return [(n, None) for n in linears if not n.endswith("lm_head")]
+    whole = [(n, None) for n in linears if f".{n}".endswith(f".{target}")]
+    layer, _, part = target.rpartition(".")
+    return whole or [(n, part) for n, m in linears.items()
+                     if f".{n}".endswith(f".{layer}") and part in getattr(m, "parts", ())]
 
 
 def replace(model: nn.Module, name: str, module: nn.Module):
@@ -141,15 +147,21 @@ def save(model: nn.Module, folder):
     found = adapters(model)
     if not found:
         raise UserError(f"{folder}: nothing to save, the model has no adapters")
-    tensors, one = {}, next(iter(found.values()))
+    tensors, ranks, alphas = {}, {}, {}
     for name, m in found.items():
+        ranks[name] = rank = m.lora_A.shape[0]  # r, or r * number of parts; alpha grows so that the scale stays
+        alphas[name] = m.scale * (math.sqrt(rank) if m.rslora else rank)
         key = f"base_model.model.{weights.checkpoint_name(model, name)}"
         tensors[f"{key}.lora_A.weight"] = m.lora_A
         tensors[f"{key}.lora_B.weight"] = m.B()
-    rank = one.lora_A.shape[0]  # r, or r * number of parts; alpha grows so that the scale stays
+    first, one = next(iter(found.items()))
+    r, alpha = ranks[first], alphas[first]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": getattr(model, "source", None),
-        "r": rank, "lora_alpha": one.scale * (math.sqrt(rank) if one.rslora else rank), "lora_dropout": one.dropout,
+        "r": r, "lora_alpha": alpha, "lora_dropout": one.dropout,
+        # Layers unlike the first: c_attn's q and v (rank 2r) beside a whole matrix (rank r).
+        "rank_pattern": {n: rank for n, rank in ranks.items() if rank != r},
+        "alpha_pattern": {n: a for n, a in alphas.items() if a != alpha},
         "use_rslora": one.rslora, "target_modules": sorted(found), "bias": "none", "modules_to_save": None,
         "fan_in_fan_out": getattr(one.base_layer, "fan_in_fan_out", False), "inference_mode": True,
         "init_lora_weights": True,
@@ -161,8 +173,21 @@ def save(model: nn.Module, folder):
 
 
 # adapter_config.json options that change the arithmetic and are not implemented: refused unless switched off.
-UNSUPPORTED = ("use_dora", "modules_to_save", "alpha_pattern", "layers_pattern", "megatron_config", "trainable_token_indices",
-               "lora_bias", "layer_replication", "exclude_modules", "use_qalora", "alora_invocation_tokens", "target_parameters")
+UNSUPPORTED = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication",
+               "use_qalora", "alora_invocation_tokens", "target_parameters")
+
+
+def first_row(base: nn.Module, part: str) -> int:
+    names = list(base.parts)
+    return sum(base.parts[p] for p in names[:names.index(part)])
+
+
+def of_layer(config: dict, name: str) -> tuple[int, float]:
+    """r and alpha of a layer: adapter_config.json's, unless PEFT's rank_pattern or alpha_pattern names the layer."""
+    def find(key, patterns):
+        matching = [v for p, v in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({p})$", name)]
+        return matching[0] if matching else config.get(key, 8)  # 8 is PEFT's default for both
+    return find("r", "rank_pattern"), find("lora_alpha", "alpha_pattern")
 
 
 def load(model: nn.Module, folder):
@@ -184,7 +209,8 @@ def load(model: nn.Module, folder):
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickle weights are not loaded; save the adapter as safetensors")
     with weights.opened(path) as f:
-        tensors = {k: f.get_tensor(k).float() for k in f.keys()}
+        names = f.keys()
+        tensors = {k: f.get_tensor(k).float() for k in names}
         all_parts = json.loads((f.metadata() or {}).get("parts", "{}"))
     linears = {n: m for n, m in model.named_modules() if is_linear(m)}
     places = {f"base_model.model.{weights.checkpoint_name(model, n)}": n for n in linears}
@@ -196,28 +222,33 @@ def load(model: nn.Module, folder):
         found.setdefault(places[layer], {})[kind] = tensor
     if not found:
         raise UserError(f"{path}: the adapter is empty")
+    targets = config.get("target_modules")
+    for name in linears if isinstance(targets, list) and not config.get("layers_to_transform") else ():
+        if name not in found and any(name == t or name.endswith("." + t) for t in targets):
+            raise UserError(f"{path}: layer {name} has no adapter, though adapter_config.json's target_modules names it")
     model.requires_grad_(False)
     for name, ab in found.items():
         base, parts = linears[name], tuple(all_parts.get(name, ())) or None
-        if ab.keys() != {"lora_A", "lora_B"}:
+        if len(ab) != 2:
             raise UserError(f"{path}: layer {name} has {' and '.join(ab)} only")
         a, b = ab["lora_A"], ab["lora_B"]
-        if a.shape[1] != base.in_features or b.shape[0] != base.out_features or a.shape[0] != b.shape[1]:
+        if a.dim() != 2 or b.shape != (base.out_features, a.shape[0]) or a.shape[1] != base.in_features:
             raise UserError(f"{path}: layer {name} is ({base.out_features}, {base.in_features}), "
                             f"its adapter B {list(b.shape)}, A {list(a.shape)}")
-        n_parts = len(parts or (0,))
-        saved = config["lora_alpha"]  # for the rank as saved; the parts' own alpha keeps the scale
+        rank, alpha = of_layer(config, weights.checkpoint_name(model, name))
+        if a.shape[0] != rank:
+            raise UserError(f"{path}: layer {name} has rank {a.shape[0]}, adapter_config.json says {rank}")
+        n_parts = len(parts) if parts else 1
         rslora = config.get("use_rslora", False)
-        alpha = saved / (math.sqrt(n_parts) if rslora else n_parts)
+        alpha /= math.sqrt(n_parts) if rslora else n_parts  # as saved, it is for the whole rank
         module = LoRALinear(base, a.shape[0] // n_parts, alpha, config.get("lora_dropout", 0.0), rslora, parts)
         with torch.no_grad():
             module.lora_A.copy_(a)
-            row = dict(zip((p for p, _ in module.skipped), torch.tensor([0, *[n for _, n in module.skipped]]).cumsum(0).tolist()))
-            for i, (p, own) in enumerate(zip(parts or (None,), module.lora_B)):
-                start = row[p] if parts else 0
+            for i, own in enumerate(module.lora_B):
+                start = first_row(base, parts[i]) if parts else 0
                 own.copy_(b[start:start + own.shape[0], i * module.r:(i + 1) * module.r])
-            if not torch.equal(module.B().cpu(), b):
-                raise UserError(f"{path}: layer {name}: B is not block diagonal over {', '.join(parts)}")
+        if not torch.equal(module.B().cpu(), b):
+            raise UserError(f"{path}: layer {name}: B is not block diagonal over {', '.join(parts)}")
         replace(model, name, module)
     return model
 

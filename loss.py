@@ -63,10 +63,9 @@ def sum_loss(hidden, head, labels, chunk: int | None = None):
     labelled = labels.reshape(-1) != IGNORE
     h = hidden.reshape(-1, hidden.shape[-1])[labelled]  # (N, C)
     weight, bias, device = head.weight, head.bias, hidden.device.type
-    if torch.is_autocast_enabled(device):
-        h = h.to(torch.get_autocast_dtype(device))
-    else:
-        h = h.to(weight.dtype)
+    h = h.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
     with torch.autocast(device, enabled=False):
+        if hasattr(head, "widen"):  # a head that carries an adapter: its rank as more columns
+            h, weight = head.widen(h)
         return LinearCrossEntropy.apply(h, weight, bias, labels.reshape(-1)[labelled],
                                         chunk or max(1, CHUNK_LOGITS // weight.shape[0]))

@@ -5,7 +5,7 @@
     python train.py --model DIR --data FILE --lora-r 8 --amp --batch-size 4  a model folder, your data
 
 Read `train` first: it is the loop. Around it stand the options (TrainConfig), what is checked before anything is loaded
-(resolve), the learning rate, evaluation, and the files that a run leaves in --out.
+(resolve), the learning rate, evaluation; record.py writes the files that a run leaves in --out.
 
 One step:   for each micro-batch:  loss = sum of token losses / labelled tokens of the *whole step*;  loss.backward()
             unscale (float16 only) -> clip -> AdamW -> zero
@@ -17,14 +17,11 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -33,6 +30,7 @@ import data
 import generate
 import lora
 import memory
+import record
 import weights
 from loss import sum_loss
 from weights import ASSETS, UserError
@@ -65,7 +63,8 @@ class TrainConfig:
                            type=str)
     val_frac: float = option(0.1, "data", "share of the rows held out when there is no --val-data")
     template: str = option("auto", "data", "auto (the model's chat template, else alpaca), chat, alpaca or a .jinja file")
-    max_length: int = option(512, "data", "positions an example may have; the rest is cut off")
+    max_length: int = option(None, "data", "positions an example may have, the rest is cut off (default: 512, or all the "
+                             "model has)", type=int)
     pack: bool = option(False, "data", "lay the examples of a micro-batch end to end instead of padding them")
     show_batch: bool = option(False, "data", "print the first micro-batch, what is learned marked, and stop")
     amp: bool = option(False, "memory", "matrix products in bfloat16 (float16 on cards without it)")
@@ -118,11 +117,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         cfg.data, cfg.val_data = str(ASSETS / "support.jsonl"), str(ASSETS / "support-heldout.jsonl")
     if cfg.steps and cfg.epochs != default.epochs:
         raise UserError("--steps and --epochs both say how long to train; give one")
-    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=cfg.device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {cfg.device}: {str(e).splitlines()[0]}") from None
+    cfg.device = weights.usable_device(cfg.device)
     cfg.bits = cfg.bits or (16 if cfg.amp and not cfg.full else 32)
     if cfg.bits == 16 and not cfg.amp:
         raise UserError("--bits 16 needs --amp: 16-bit weights are multiplied in 16 bit")
@@ -165,13 +160,13 @@ def evaluate(model, examples, cfg) -> dict:
     return {"val_loss": total / labels, "val_bits_per_byte": total / math.log(2) / max(1, sum(e.n_bytes for e in examples))}
 
 
-def why_not_finite(model, cfg, loss: float) -> str:
-    """The likely cause of a loss or gradient that is not a number: the base weights, the adapters, or the precision."""
-    for trainable, cause in ((False, "the checkpoint is damaged: {} is not finite"),
-                             (True, "training diverged: {} is not finite; lower --lr (now {:g}) or --clip (now {:g})")):
-        for n, p in model.named_parameters():
-            if p.requires_grad == (trainable or cfg.full) and not torch.isfinite(p).all():
-                return cause.format(n, cfg.lr, cfg.clip)
+def why_not_finite(model, cfg, step: int) -> str:
+    """The likely cause of a loss or gradient that is not a number: the base weights, the trained ones, or the precision."""
+    for n, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            if step == 0 or not p.requires_grad:
+                return f"the checkpoint is damaged: {n} is not finite"
+            return f"training diverged: {n} is not finite; lower --lr (now {cfg.lr:g}) or --clip (now {cfg.clip:g})"
     if cfg.amp:
         kind = str(weights.half_dtype(cfg.device)).removeprefix("torch.")
         return f"the weights are finite, so the {kind} arithmetic overflowed; try without --amp, or a lower --lr"
@@ -181,10 +176,11 @@ def why_not_finite(model, cfg, loss: float) -> str:
 def main(cfg: TrainConfig) -> dict:
     """Train as `cfg` says; returns what summary.json holds. Raises UserError, and KeyboardInterrupt after saving."""
     if cfg.resume:
-        cfg = options_of_run(cfg)
+        cfg = record.options_of_run(cfg)
     cfg = resolve(cfg)
     folder = weights.find(cfg.model)
     model_config, _, raw_config = weights.read_config(folder)
+    cfg.max_length = cfg.max_length or min(512, model_config.n_positions)
     if cfg.max_length > model_config.n_positions:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has {model_config.n_positions} positions")
     if cfg.ckpt_every > model_config.n_layer:
@@ -203,9 +199,11 @@ def main(cfg: TrainConfig) -> dict:
     steps_per_epoch = math.ceil(len(train_set) / (cfg.batch_size * cfg.grad_accum))
     cfg.steps = cfg.steps or cfg.epochs * steps_per_epoch
     cfg.warmup_steps = cfg.steps // 20 if cfg.warmup_steps is None else cfg.warmup_steps
+    if cfg.warmup_steps >= cfg.steps:
+        raise UserError(f"--warmup-steps {cfg.warmup_steps}: the run has {cfg.steps} steps, the full rate is never reached")
     cfg.eval_every = cfg.eval_every or steps_per_epoch
     cfg.save_every = cfg.save_every or cfg.eval_every
-    out = prepare_out(cfg)
+    out = record.prepare_out(cfg)
 
     torch.manual_seed(cfg.seed)
     if cfg.from_scratch:
@@ -225,7 +223,8 @@ def main(cfg: TrainConfig) -> dict:
         print(f"{name}: {len(d):,} examples, {d.n_labels:,} labelled tokens of {sum(len(e.ids) for e in d.examples):,}"
               + (f"; {d.n_dropped} rows dropped (nothing to learn)" if d.n_dropped else "")
               + (f"; {d.n_truncated} cut at {cfg.max_length}" if d.n_truncated else ""))
-    write_config(out, cfg)
+    if not cfg.resume:
+        record.write_config(out, cfg)
     print(f"{cfg.steps} steps of {cfg.batch_size} x {cfg.grad_accum}, lr {cfg.lr:g}, {cfg.device}"
           + (f", {str(weights.half_dtype(cfg.device)).removeprefix('torch.')}" if cfg.amp else "") + f" -> {out}")
     return Run(cfg, out, model, tokenizer, template, train_set, val_set, raw_config).train(params)
@@ -241,7 +240,8 @@ class Run:
         matrices = [p for p in self.trainable.values() if p.dim() >= 2]
         vectors = [p for p in self.trainable.values() if p.dim() < 2]  # norms and biases are not decayed
         self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
-                                            {"params": vectors, "weight_decay": 0.0}], lr=cfg.lr, fused=True)
+                                            {"params": vectors, "weight_decay": 0.0}], lr=cfg.lr,
+                                           fused=torch.device(cfg.device).type in ("cpu", "cuda"))
         # float16 ends at 6e-5 on the small side, where gradients live: multiply the loss by a large number (the scale),
         # divide the gradients by it before clipping; halve it and skip the step whenever something overflows.
         half = cfg.amp and weights.half_dtype(cfg.device) == torch.float16
@@ -280,7 +280,7 @@ class Run:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), cfg.clip or math.inf).item()
         if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or self.may_skip()):
             raise UserError(f"step {self.step + 1}: loss {loss_sum}, gradient norm {grad_norm}: "
-                            f"{why_not_finite(model, cfg, loss_sum)}")
+                            f"{why_not_finite(model, cfg, self.step)}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -325,7 +325,7 @@ class Run:
                 seen["loss_first"] = line["loss"] if seen["loss_first"] is None else seen["loss_first"]
                 seen["loss_last"] = line["loss"]
                 seen["skipped"] = seen["skipped"] if not math.isfinite(line["grad_norm"]) else 0
-                self.log(line)
+                record.log(self.out, line)
                 peak = self.peak(ledger)
                 bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {line['lr']:.1e}, {line['tokens_per_s']:,.0f} tok/s, "
                                     f"peak {memory.human(peak)}")
@@ -346,7 +346,7 @@ class Run:
                     raise KeyboardInterrupt
         bar.close()
         after = self.sample(prompts)
-        write_samples(self.out / "samples.md", cfg, prompts, seen["samples"], after)
+        record.write_samples(self.out / "samples.md", cfg, prompts, seen["samples"], after)
         seen["wall_s"] = time.perf_counter() - started
         cuda = memory.cuda_peak(cfg.device)
         summary = {
@@ -355,12 +355,12 @@ class Run:
                        "rss_peak": memory.rss_peak(), "by_category": ledger.at_peak if ledger else None},
             "loss": {"first": seen["loss_first"], "last": seen["loss_last"], "val_before": seen["val_before"],
                      "val_after": seen["val_after"], "val_best": seen["val_best"]},
-            "tokens_per_s": per_second(speed, "tokens"), "examples_per_s": per_second(speed, "examples"),
+            "tokens_per_s": record.per_second(speed, "tokens"), "examples_per_s": record.per_second(speed, "examples"),
             "wall_s": seen["wall_s"], "steps": self.step,
         }
         weights.write_text(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        plot_losses(self.out)
-        report(summary, self.out)
+        record.plot_losses(self.out)
+        record.report(summary, self.out)
         return summary
 
     def peak(self, ledger) -> int | None:
@@ -370,10 +370,10 @@ class Run:
     def evaluate(self, key: str):
         result = evaluate(self.model, self.val_set.examples, self.cfg)
         self.seen[key] = result["val_loss"]
-        self.log({"step": self.step, **result})
+        record.log(self.out, {"step": self.step, **result})
         if not math.isfinite(result["val_loss"]):
             raise UserError(f"step {self.step}: held-out loss {result['val_loss']}: "
-                            f"{why_not_finite(self.model, self.cfg, result['val_loss'])}")
+                            f"{why_not_finite(self.model, self.cfg, self.step)}")
         if key == "val_after" and (self.seen["val_best"] is None or result["val_loss"] < self.seen["val_best"]):
             self.seen["val_best"] = result["val_loss"]
             self.export("best")
@@ -382,7 +382,7 @@ class Run:
         if not prompts:
             return []
         texts = []
-        room = self.model.config.n_positions - 64
+        room = max(1, self.model.config.n_positions - 64)
         with autocast(self.cfg):
             for prompt, _ in prompts:
                 ids = data.prompt_ids(prompt, self.template, self.tokenizer)[-room:]
@@ -391,23 +391,17 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ files
 
-    def log(self, line: dict):
-        try:
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
-        except OSError as e:
-            raise UserError(f"{self.out / 'metrics.jsonl'}: could not be written ({e.strerror})") from None
-
     def export(self, name: str):
         """adapter/ or best/ in PEFT's layout (--full: a model folder), with the template and end token beside it."""
         folder = self.out / name
         if self.cfg.full:
-            dtype = self.raw_config.get("dtype") or self.raw_config.get("torch_dtype") or "float32"
-            weights.save(self.model, folder, dtype)
+            dtype = self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")  # the newer and the older key
+            weights.save(self.model, folder, dtype if dtype in weights.DTYPES else "float32")
         else:
             lora.save(self.model, folder)
         weights.write_text(folder / "chat_template.jinja", self.template)
-        weights.write_text(folder / "generation_config.json", json.dumps({"eos_token_id": sorted(self.tokenizer.stop_ids)}) + "\n")
+        ends = {"eos_token_id": sorted(self.tokenizer.stop_ids)}
+        weights.write_text(folder / "generation_config.json", json.dumps(ends) + "\n")
 
     def save_state(self):
         """What --resume needs, in one file, so that it appears whole: weights, AdamW's moments, RNG, and the numbers."""
@@ -432,14 +426,13 @@ class Run:
                     p.copy_(f.get_tensor(f"param/{n}"))
                     self.optimizer.state[p] = {key: f.get_tensor(f"optimizer/{key}/{n}").to(p.device)
                                                for key in ("step", "exp_avg", "exp_avg_sq")}
+            names = f.keys()
             torch.set_rng_state(f.get_tensor("rng/cpu"))
-            if "rng/cuda" in f.keys() and torch.device(self.cfg.device).type == "cuda":
+            if "rng/cuda" in names and torch.device(self.cfg.device).type == "cuda":
                 torch.cuda.set_rng_state(f.get_tensor("rng/cuda"), self.cfg.device)
         self.step, self.seen = numbers["step"], numbers["seen"]
         self.scaler.load_state_dict(numbers["scaler"])
-        kept = [line for line in map(json_or_none, (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-                if line and line["step"] <= self.step]
-        weights.write_text(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        record.rewind_log(self.out, self.step)
         print(f"resumed {self.out} after step {self.step}")
 
 
@@ -462,116 +455,6 @@ class InterruptFlag:
     def __exit__(self, *error):
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
-
-
-def json_or_none(line: str):
-    try:
-        return json.loads(line)
-    except ValueError:  # a run killed in the middle of a line
-        return None
-
-
-def per_second(lines: list[dict], key: str) -> float | None:
-    """Over the steps after the first, which warms up, and the one under the ledger; None when there is no other."""
-    seconds = sum(line["step_s"] for line in lines)
-    return sum(line[key] for line in lines) / seconds if seconds else None
-
-
-def prepare_out(cfg: TrainConfig) -> Path:
-    if cfg.resume:
-        return Path(cfg.out)
-    if cfg.out is None:
-        base, n = f"runs/{Path(cfg.model).name}", 1
-        while Path(f"{base}-{n}").exists():
-            n += 1
-        cfg.out = f"{base}-{n}"
-    out = Path(cfg.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and holds another run; choose another folder, or continue it with --resume")
-    return out
-
-
-def write_config(out: Path, cfg: TrainConfig):
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) \
-        if (Path(__file__).parent / ".git").exists() else None
-    about = {"options": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("resume", "show_batch")},
-             "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seed": cfg.seed,
-             "commit": git.stdout.strip() if git and git.returncode == 0 else None}
-    if not cfg.resume:
-        weights.write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
-
-
-def options_of_run(cfg: TrainConfig) -> TrainConfig:
-    """--resume: the saved run's options; one given again (one that is not at its default) must be the same."""
-    if not cfg.out:
-        raise UserError("--resume needs --out, the folder of the run to continue")
-    path, state = Path(cfg.out) / "config.json", Path(cfg.out) / "state" / "state.safetensors"
-    if not path.is_file():
-        raise UserError(f"--resume: {cfg.out} holds no run (no config.json in it)")
-    if not state.is_file():
-        raise UserError(f"--resume: {state} is missing, the run was stopped before its first save; start it anew")
-    saved = weights.read_json(path)["options"]
-    default = TrainConfig()
-    for name in saved:
-        given = getattr(cfg, name)
-        if name != "out" and given != getattr(default, name) and given != saved[name]:
-            raise UserError(f"--resume with a changed option: --{name.replace('_', '-')} {given}, the run in {cfg.out} has "
-                            f"{saved[name]}; leave it out, or start a new run")
-    resumed = TrainConfig(**{**saved, "out": cfg.out, "resume": True})
-    resumed.epochs = default.epochs  # the number of steps was resolved from it
-    return resumed
-
-
-def write_samples(path: Path, cfg, prompts, before, after):
-    blocks = [f"# Replies of {cfg.model} before and after training\n\nGreedy decoding, at most 64 tokens.\n"]
-    for (prompt, wanted), b, a in zip(prompts, before, after):
-        text = prompt[-1][0] if isinstance(prompt[-1], tuple) else \
-            prompt[-1]["content"] + (f"\n\n{prompt[-1]['input']}" if prompt[-1].get("input") else "")
-        quoted = [(t.strip() or "(nothing)").replace("\n", "\n> ") for t in (text[-1000:], b, a, wanted[:1000])]
-        blocks.append("## Prompt\n\n> {}\n\n**Before:**\n\n> {}\n\n**After:**\n\n> {}\n\n**Held-out reply:**\n\n> {}\n".format(*quoted))
-    weights.write_text(path, "\n".join(blocks))
-
-
-def plot_losses(out: Path):
-    """loss.png: every step's loss (thin), its running mean (thick), and the held-out loss (dots)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    train = [(x["step"], x["loss"]) for x in lines if "loss" in x]
-    val = [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x]
-    mean, smooth = None, []
-    for _, y in train:
-        mean = y if mean is None else 0.9 * mean + 0.1 * y
-        smooth.append(mean)
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    ax.plot(*zip(*train), color="0.75", linewidth=0.8, label="training, each step")
-    ax.plot([s for s, _ in train], smooth, color="0.2", linewidth=1.6, label="training, running mean")
-    ax.plot(*zip(*val), "o--", color="tab:red", markersize=5, label="held-out")
-    ax.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)", title=out.name)
-    ax.legend()
-    ax.grid(alpha=0.3)
-    with weights.atomic(out / "loss.png") as tmp:
-        fig.savefig(tmp, format="png", dpi=120)
-    plt.close(fig)
-
-
-def report(summary: dict, out: Path):
-    m, loss = summary["memory"], summary["loss"]
-    fall = 100 * (1 - loss["val_after"] / loss["val_before"])
-    print(f"\nheld-out loss {loss['val_before']:.4f} -> {loss['val_after']:.4f} ({fall:+.1f} % lower; best {loss['val_best']:.4f})"
-          if fall >= 0 else
-          f"\nheld-out loss {loss['val_before']:.4f} -> {loss['val_after']:.4f} ({-fall:.1f} % HIGHER; best {loss['val_best']:.4f})")
-    if summary["tokens_per_s"]:
-        print(f"speed         {summary['tokens_per_s']:,.0f} tokens/s, {summary['examples_per_s']:.2f} examples/s, "
-              f"{summary['wall_s']:.0f} s in all")
-    print(f"peak memory   {memory.human(m['measured_peak'])} in tensors, "
-          f"{memory.human(m['rss_peak'])} resident" + (f", {memory.human(m['reserved'])} reserved" if m["reserved"] else ""))
-    if m["by_category"]:
-        print("at the peak   " + ", ".join(f"{k} {memory.human(v)}" for k, v in m["by_category"].items() if v))
-    print(f"written       {out}/ (adapter, best, samples.md, loss.png, metrics.jsonl, summary.json)"
-          .replace("adapter", "model" if (out / "model").is_dir() else "adapter"))
 
 
 def parse(argv=None) -> TrainConfig:

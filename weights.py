@@ -63,15 +63,24 @@ class UserError(Exception):
 
 def find(name: str) -> Path:
     """The folder that holds model `name`: a short name, a local folder or a hub repository. May download it."""
-    if (ASSETS / name / "config.json").is_file():
+    if Path(name).name == name and (ASSETS / name / "config.json").is_file():  # ./gpt2-nano is a folder of the user's
         return ASSETS / name
     if Path(name).is_dir():
         return Path(name)
     repo = SHORT_NAMES.get(name, name)
-    if repo.count("/") != 1 or repo.startswith((".", "/")) or repo.endswith("/"):
+    if not is_hub_name(repo):
         raise UserError(f"--model {name}: no such folder, and no short name ({', '.join(['gpt2-nano', *SHORT_NAMES])}); "
                         f"a hub repository is written org/name")
     return from_hub(name, repo)
+
+
+def is_hub_name(repo: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:  # a mistyped path, more likely: spaces, "--", a leading dot
+        return False
+    return repo.count("/") == 1
 
 
 def from_hub(name: str, repo: str) -> Path:
@@ -133,7 +142,7 @@ def read_config(folder: Path):
         return config_class.from_json(raw), model_class, raw
     except KeyError as e:
         raise UserError(f"{path}: key {e} is missing") from None
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, ZeroDivisionError) as e:  # of these the last two are values that make no sense
         raise UserError(f"{path}: {e}") from None
 
 
@@ -143,15 +152,17 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise UserError(f"{index}: no weight_map in it")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) for f in shards.values()):
+            raise UserError(f"{index}: no weight_map in it, from tensors to files")
         return [folder / f for f in sorted(set(shards.values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
+    no_pickle = ("pickle weights are not loaded, since a pickle can run any code. Convert: transformers' "
+                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors")
     if pickles := [f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in sorted(folder.glob(pattern))]:
-        raise UserError(f"{folder / pickles[0]}: pickle weights are not loaded, since a pickle can run any code. Convert: "
-                        f"transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors")
-    raise UserError(f"{folder}: no model.safetensors (nor model.safetensors.index.json) in it")
+        raise UserError(f"{folder / pickles[0]}: {no_pickle}")
+    # From the hub the folder is without its pytorch_model.bin, which is not downloaded: the way out is the same.
+    raise UserError(f"{folder}: no model.safetensors (nor model.safetensors.index.json) in it; {no_pickle}")
 
 
 def half_dtype(device) -> torch.dtype:
@@ -159,6 +170,16 @@ def half_dtype(device) -> torch.dtype:
     if torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
+
+
+def usable_device(name: str | None) -> str:
+    """`name`, once a tensor has been put there; the default is cuda where there is one, else cpu."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return name
 
 
 def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
@@ -272,7 +293,8 @@ def atomic(path):
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: could not be written ({e}); what was there before is untouched") from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder itself could not be made, there is nothing to remove
+            tmp.unlink()
 
 
 def write_text(path, text: str):

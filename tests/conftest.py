@@ -23,7 +23,8 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 4096, "n_positions": 128, "n_embd": 
         "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "eos_token_id": 4095, "bos_token_id": 4095}
 LLAMA = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "hidden_act": "silu",
-         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "eos_token_id": 4095, "bos_token_id": 4095}
+         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "eos_token_id": 4095,
+         "bos_token_id": 4095}
 
 
 def randomise(model, seed=0):

@@ -1,0 +1,598 @@
+"""From files to batches: every schema, what is learned and what is only read, templates, errors, plans, batches."""
+import csv
+import io
+import json
+import re
+
+import pytest
+import torch
+from conftest import make_data
+from test_tokenizers import byte_level, corpus, llama2_json, train_sentencepiece
+
+import data
+import generate
+import train
+import weights
+from loss import IGNORE
+from weights import UserError
+
+EOS = "<|endoftext|>"
+INTRO = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+PLAIN = INTRO.format("") + "### Instruction:\n{}\n\n### Response:\n"
+PAIRED = INTRO.format(", paired with an input that provides further context") + \
+    "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n"
+
+# HuggingFaceTB/SmolLM2-135M-Instruct, tokenizer_config.json
+CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+          "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>'"
+          " + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+          "{{ '<|im_start|>assistant\n' }}{% endif %}")
+# meta-llama/Meta-Llama-3-8B-Instruct, tokenizer_config.json
+LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+          "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+          "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+          "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+# TinyLlama/TinyLlama-1.1B-Chat-v1.0, tokenizer_config.json
+ZEPHYR = ("{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+          "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+          "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}"
+          "\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
+# The header of newer templates: they test variables that transformers always sets.
+TOOLS = ("{%- if tools is not none %}{{ 'TOOLS' }}{% endif %}{%- if documents is not none %}{{ 'DOCUMENTS' }}{% endif %}\n"
+         "{%- for m in messages -%}\n    {{ '<|im_start|>' ~ m.role }}\n    {{ m | tojson }}\n    {{- '<|im_end|>' }}\n"
+         "    {% if m.role == 'user' %}\n(user)\n    {% endif %}\n"
+         "{%- if loop.index0 > 8 %}{% break %}{% endif %}\n{%- endfor -%}\n"
+         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+CHAT = [{"role": "user", "content": "Hi, what is 2 + 2?"}, {"role": "assistant", "content": "It's 4, naturally! 👍"},
+        {"role": "user", "content": "  And 3 × 3\n\nplease?"}, {"role": "assistant", "content": "9."}]
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return data.load_tokenizer("gpt2-nano")
+
+
+@pytest.fixture(scope="module")
+def alpaca(nano):
+    return data.load_template("alpaca", nano)
+
+
+@pytest.fixture(scope="module")
+def sp(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sp")
+    train_sentencepiece(folder)
+    return data.load_tokenizer(str(folder))
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def write_rows(path, rows):
+    if path.suffix == ".json":
+        return write(path, json.dumps(rows, ensure_ascii=False, indent=1))
+    if path.suffix == ".jsonl":
+        return write(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    f = io.StringIO(newline="")
+    w = csv.DictWriter(f, rows[0])
+    w.writeheader()
+    w.writerows(rows)
+    return write(path, f.getvalue())
+
+
+def whole(e):
+    """All tokens of an example whose last target is a label."""
+    assert len(e.ids) == len(e.targets) and e.targets[-1] != IGNORE
+    assert all(t in (IGNORE, i) for i, t in zip(e.ids[1:], e.targets, strict=False))  # shifted by one, once
+    return e.ids + e.targets[-1:]
+
+
+def learned_runs(e, tokenizer):
+    """The decoded runs of consecutive labels."""
+    runs, last = [], IGNORE
+    for t in e.targets:
+        if t != IGNORE:
+            runs = runs if last != IGNORE else [*runs, []]
+            runs[-1].append(t)
+        last = t
+    return [tokenizer.decode(r) for r in runs]
+
+
+def build(rows, tokenizer, template, max_length=2000):
+    return data.build([(f"f:{n}", r) for n, r in enumerate(rows, 1)], tokenizer, template, max_length)
+
+
+# ---------------------------------------------------------------------------------------------- schemas
+
+FLAT = {
+    "alpaca": ({"instruction": "Add", "input": "1, 2", "output": "3, naïve 👍"}, PAIRED.format("Add", "1, 2"),
+               "3, naïve 👍"),
+    "alpaca, input empty": ({"instruction": "Add", "input": "", "output": "It's 3"}, PLAIN.format("Add"), "It's 3"),
+    "alpaca, no input": ({"instruction": "Add, \"now\"\n", "output": "3\n4"}, PLAIN.format("Add, \"now\"\n"), "3\n4"),
+    "bitext": ({"flags": "B", "instruction": "cancel", "category": "X", "intent": "y", "response": "Sure."},
+               PLAIN.format("cancel"), "Sure."),
+    "prompt": ({"prompt": "Q: why?\nA:", "completion": " because"}, "Q: why?\nA:", " because"),
+    "xsum": ({"document": "Long\n\ntext.", "summary": "Short.", "id": "7"},
+             PAIRED.format("Summarize the following document.", "Long\n\ntext."), "Short."),
+}
+NESTED = {
+    "messages": ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+                 PLAIN.format("Hi"), "Hello"),
+    "messages, system": ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"},
+                                       {"role": "assistant", "content": "Hello"}]},
+                         "Be kind.\n\n" + PLAIN.format("Hi"), "Hello"),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+                 PLAIN.format("Hi"), "Hello"),
+    "conversations, roles": ({"conversations": [{"role": "user", "content": "Hi"},
+                                                {"role": "assistant", "content": "Hello"}]},
+                             PLAIN.format("Hi"), "Hello"),
+}
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
+@pytest.mark.parametrize("schema", [*FLAT, *NESTED])
+def test_schemas(tmp_path, nano, alpaca, schema, kind):
+    if kind == "csv" and schema in NESTED:
+        pytest.skip("a CSV field holds no list")
+    row, prompt, reply = {**FLAT, **NESTED}[schema]
+    rows = data.read_rows(write_rows(tmp_path / f"d.{kind}", [row, row]))
+    assert len(rows) == 2 and all(where.startswith(f"{tmp_path}/d.{kind}:") for where, _ in rows)
+    built = data.build(rows, nano, alpaca, 512)
+    assert len(built) == 2 and (built.n_dropped, built.n_truncated) == (0, 0)
+    e = built.examples[0]
+    assert nano.decode(whole(e)) == prompt + reply + EOS
+    assert learned_runs(e, nano) == [reply + EOS]
+    assert built.n_labels == 2 * sum(t != IGNORE for t in e.targets)
+    assert e.n_bytes == len(reply.encode())
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "txt"])
+def test_text_rows(tmp_path, nano, kind):
+    text = "First line.\nSecond, with \"quotes\" and 👍\n"
+    path = tmp_path / f"d.{kind}"
+    rows = data.read_rows(write(path, text) if kind == "txt" else write_rows(path, [{"text": text}]))
+    assert len(rows) == 1
+    e = data.build(rows, nano, "", 512).examples[0]
+    assert whole(e) == [*nano.encode(text), nano.eos_id]
+    assert all(t != IGNORE for t in e.targets)
+
+
+def test_multi_turn_labels_every_assistant_turn(nano, alpaca):
+    e = build([{"messages": [{"role": "system", "content": "Be brief."}, *CHAT]}], nano, alpaca).examples[0]
+    assert learned_runs(e, nano) == ["It's 4, naturally! 👍" + EOS, "9." + EOS]
+    assert nano.decode(whole(e)) == "Be brief.\n\n" + PLAIN.format(CHAT[0]["content"]) + "It's 4, naturally! 👍" + EOS + \
+        "\n\n### Instruction:\n" + CHAT[2]["content"] + "\n\n### Response:\n9." + EOS
+
+
+def test_a_last_user_turn_is_left_out(nano, alpaca):
+    with_last = build([{"messages": [*CHAT, {"role": "user", "content": "bye"}]}], nano, alpaca).examples[0]
+    assert with_last.ids == build([{"messages": CHAT}], nano, alpaca).examples[0].ids
+
+
+@pytest.mark.parametrize("reply", ["### Response:\nfoo", "Hi", " leading", "\n\nnewlines\n", "### Instruction:\nagain"])
+def test_the_prompts_tokens_do_not_depend_on_the_reply(nano, alpaca, reply):
+    """Row 7: the marker is never searched for, and the reply never merges into it."""
+    prompt = data.prompt_ids([{"role": "user", "content": "### Response:\nwhat?"}], alpaca, nano)
+    e = build([{"instruction": "### Response:\nwhat?", "output": reply}], nano, alpaca).examples[0]
+    assert whole(e) == prompt + nano.encode(reply) + [nano.eos_id]
+    assert e.targets[:len(prompt) - 1] == [IGNORE] * (len(prompt) - 1)
+    assert all(t != IGNORE for t in e.targets[len(prompt) - 1:])
+
+
+def test_padding_is_known_by_length_and_the_end_token_is_a_label(nano, alpaca):
+    """Row 5: the pad id is that of a real token, and end-of-text stays a label, at the end and inside."""
+    short, long = build([{"text": "a"}, {"messages": CHAT}], nano, alpaca).examples
+    batch = data.collate([short, long])
+    assert batch.targets[0].tolist() == [nano.eos_id] + [IGNORE] * (len(long.ids) - 1)
+    assert (batch.targets[1] == nano.eos_id).sum() == 2
+    zero = data.Example([5, 0, 0], [0, 0, 7])  # the id that also pads
+    batch = data.collate([zero, data.Example([1] * 5, [1] * 5)])
+    assert batch.targets[0].tolist() == [0, 0, 7, IGNORE, IGNORE] and batch.n_labels == 8
+
+
+# ---------------------------------------------------------------------------------------------- BOS
+
+def test_one_bos_only(tmp_path, sp):
+    """Row 6: a template that writes BOS, on a tokenizer that would add one."""
+    byte_level(tmp_path / "b", ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+               bos="<|begin_of_text|>")
+    llama3 = data.load_tokenizer(str(tmp_path / "b"))
+    for tok, bos, templates in ((llama3, 0, [LLAMA3, data.load_template("alpaca", llama3)]),
+                                (sp, 1, [data.load_template("alpaca", sp), "{{ bos_token }}" + ZEPHYR])):
+        for template in templates:
+            ids = build([{"messages": CHAT}], tok, template).examples[0].ids
+            assert ids[0] == bos and ids[1] != bos and ids.count(bos) == 1
+            ids = data.prompt_ids(CHAT[:1], template, tok)
+            assert ids[0] == bos and ids.count(bos) == 1
+        for row in ({"prompt": "a", "completion": "b"}, {"text": "a b"}):
+            ids = build([row], tok, templates[0]).examples[0].ids
+            assert ids[0] == bos and ids.count(bos) == 1
+    ids = build([{"messages": CHAT}], sp, ZEPHYR).examples[0].ids  # one that writes none gets none, as in transformers
+    assert 1 not in ids
+
+
+# ---------------------------------------------------------------------------------------------- chat templates
+
+def hf_tokenizer(folder, ours, template):
+    import transformers
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=ours.bos,
+                                              eos_token=ours.eos)
+    hf.chat_template = template
+    return hf
+
+
+@pytest.fixture(scope="module")
+def tokenizers_by_name(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toks")
+    byte_level(root / "chatml")
+    byte_level(root / "llama3", ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+               bos="<|begin_of_text|>")
+    byte_level(root / "gpt2", (EOS,), bos_token=EOS)
+    llama2_json(root / "llama2", train_sentencepiece(root / "llama2"))
+    (root / "llama2" / "tokenizer.model").unlink()
+    return {name: (root / name, data.load_tokenizer(str(root / name))) for name in ("chatml", "llama3", "gpt2", "llama2")}
+
+
+@pytest.mark.parametrize("name,template", [("chatml", CHATML), ("llama3", LLAMA3), ("gpt2", "alpaca"), ("llama3", "alpaca"),
+                                           ("llama2", "alpaca"), ("llama2", ZEPHYR), ("chatml", TOOLS)],
+                         ids=["chatml", "llama3", "alpaca", "alpaca-bos", "alpaca-llama2", "zephyr-llama2", "tools"])
+def test_chat_templates_equal_transformers(tokenizers_by_name, name, template):
+    folder, ours = tokenizers_by_name[name]
+    template = data.load_template("alpaca", ours) if template == "alpaca" else template
+    hf = hf_tokenizer(folder, ours, template)
+    for messages in (CHAT, [{"role": "system", "content": "Be brief."}, *CHAT], CHAT[:2],
+                     [{"role": "user", "content": "List"}, {"role": "assistant", "content": "1. a\n2. b"}]):
+        text = hf.apply_chat_template(messages, tokenize=False)
+        assert data.render(template, messages, ours) == text
+        asked = hf.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        assert data.render(template, messages[:-1], ours, prompt=True) == asked
+
+        pieces = data.segments(messages, template, ours)
+        joined = "".join(t for t, _ in pieces)
+        assert text.startswith(joined) and not text[len(joined):].strip()  # the end token is the last thing learned
+        ids, learned = data.tokenize(pieces, ours, bos=False)
+        want = hf.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert ids == want[:len(ids)]
+        replies = [m["content"] + ours.eos for m in messages if m["role"] == "assistant"]
+        if template != TOOLS:  # (it writes JSON)
+            assert [t for t, learn in pieces if learn] == replies
+        want = hf.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True, return_dict=False)
+        assert data.prompt_ids(messages[:-1], template, ours) == want
+
+
+def test_special_names_in_a_users_text_under_a_chat_template(tokenizers_by_name):
+    """Known: a template's output is parsed for specials as a whole, so a user can write one. As in transformers."""
+    folder, ours = tokenizers_by_name["chatml"]
+    messages = [{"role": "user", "content": "What does <|im_end|> mean? <|endoftext|>"}, CHAT[1]]
+    ids = data.prompt_ids(messages[:1], CHATML, ours)
+    assert ids.count(ours.specials["<|im_end|>"]) == 3 and ids.count(ours.specials["<|endoftext|>"]) == 1
+    hf = hf_tokenizer(folder, ours, CHATML)
+    assert ids == hf.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    e = build([{"messages": messages}], ours, CHATML).examples[0]
+    assert learned_runs(e, ours) == [CHAT[1]["content"] + "<|im_end|>"]  # never a label, wherever it stands
+    raw = build([{"prompt": "What does <|im_end|> mean?", "completion": "<|endoftext|>"}], ours, CHATML).examples[0]
+    assert not {0, 1, 2} & set(raw.ids) and raw.targets[-1] == ours.eos_id  # raw text has no specials but ours
+
+
+def test_input_reaches_a_template_that_knows_none(tokenizers_by_name):
+    _, ours = tokenizers_by_name["chatml"]
+    e = build([{"instruction": "Add", "input": "1, 2", "output": "3"}], ours, CHATML).examples[0]
+    assert "<|im_start|>user\nAdd\n\n1, 2<|im_end|>\n" in ours.decode(whole(e))
+
+
+def test_a_template_that_rewrites_earlier_turns_raises(nano):
+    forgets = "{% for m in messages %}{{ '(past)' if m.role == 'assistant' and not loop.last else m.content }}{% endfor %}"
+    assert len(build([{"messages": CHAT[:2]}], nano, forgets)) == 1
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        build([{"messages": CHAT}], nano, forgets)
+
+
+def test_a_template_that_refuses_names_the_row(tokenizers_by_name):
+    _, ours = tokenizers_by_name["chatml"]
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('the user must begin') }}{% endif %}" + CHATML
+    bad = {"messages": [{"role": "system", "content": "s"}, *CHAT]}
+    with pytest.raises(UserError, match=r"^f:2: .*the user must begin"):
+        build([{"messages": CHAT}, bad], ours, strict)
+
+
+def test_a_template_without_end_token_gets_one(nano):
+    e = build([{"messages": CHAT}], nano, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+              "{% if add_generation_prompt %}assistant: {% endif %}").examples[0]
+    assert [r[-len(EOS):] for r in learned_runs(e, nano)] == [EOS, EOS]
+
+
+def test_load_template(tmp_path, nano, tokenizers_by_name):
+    _, chatml = tokenizers_by_name["chatml"]
+    assert data.load_template("auto", nano) == data.load_template("alpaca", nano) == data.ALPACA
+    with pytest.raises(UserError, match="has no chat template"):
+        data.load_template("chat", nano)
+    with pytest.raises(UserError, match="neither auto, chat, alpaca nor a readable file"):
+        data.load_template("chatlm", nano)
+    assert data.load_template(str(write(tmp_path / "t.jinja", "x")), nano) == "x"
+    for named in (CHATML, [{"name": "tool_use", "template": "no"}, {"name": "default", "template": CHATML}]):
+        byte_level(tmp_path / "m", chat_template=named)
+        tok = data.load_tokenizer(str(tmp_path / "m"))
+        assert data.load_template("auto", tok) == data.load_template("chat", tok) == CHATML
+        assert data.load_template("alpaca", tok) == data.ALPACA
+    write(tmp_path / "m" / "chat_template.jinja", LLAMA3)
+    assert data.load_template("chat", data.load_tokenizer(str(tmp_path / "m"))) == LLAMA3
+
+
+def test_template_and_end_token_lie_beside_the_adapter(tmp_path, gpt2_folder, monkeypatch, capsys):
+    """Row 32: what the run was trained with is what generate.py asks with, though the model has another template."""
+    write(gpt2_folder / "chat_template.jinja", "WRONG{% for m in messages %}{{ m.content }}{% endfor %}")
+    mine = write(tmp_path / "mine.jinja", "{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token if m.role == "
+                 "'assistant' }}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}")
+    rows = make_data(tmp_path / "d.jsonl", n=8)
+    train.main(train.TrainConfig(model=str(gpt2_folder), data=str(rows), val_frac=0.25, template=str(mine), steps=2,
+                                 batch_size=2, lora_r=2, max_length=100, samples=0, device="cpu", out=str(tmp_path / "run")))
+    adapter = tmp_path / "run" / "adapter"
+    assert (adapter / "chat_template.jinja").read_text() == mine.read_text()
+    assert json.loads((adapter / "generation_config.json").read_text()) == {"eos_token_id": [4095]}
+    asked = []
+    real = generate.stream
+    monkeypatch.setattr(generate, "stream", lambda model, ids, *a, **k: asked.append(list(ids)) or real(model, ids, *a, **k))
+    generate.main(["--model", str(gpt2_folder), "--adapter", str(adapter), "--prompt", "Say the number 1 please ",
+                   "--max-new-tokens", "2", "--device", "cpu"])
+    tok = data.load_tokenizer(str(gpt2_folder))
+    row = data.read_rows(rows)[1]
+    assert row[1]["instruction"] == "Say the number 1 please " and not row[1]["input"]
+    e = data.build([row], tok, mine.read_text(), 100).examples[0]
+    first = next(i for i, t in enumerate(e.targets) if t != IGNORE)
+    assert asked == [e.ids[:first + 1]]
+    assert tok.decode(asked[0]) == "<user> Say the number 1 please \n<assistant> "
+
+
+# ---------------------------------------------------------------------------------------------- dropped, cut, windows
+
+def test_labels_cut_off_are_dropped_and_counted(nano, alpaca):
+    """Row 8."""
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "long " * 100, "output": "b"},
+            {"instruction": "a", "output": "word " * 100}]
+    n = len(data.prompt_ids([{"role": "user", "content": "a"}], alpaca, nano))
+    built = build(rows, nano, alpaca, n + 20)
+    assert (len(built), built.n_dropped, built.n_truncated) == (2, 1, 2) and len(built.rows) == 2
+    assert all(len(e.ids) <= n + 20 for e in built.examples) and len(built.examples[1].ids) == n + 20
+    assert sum(t != IGNORE for t in built.examples[1].targets) == 21
+    assert sum(t != IGNORE for t in build(rows[2:], nano, alpaca, n).examples[0].targets) == 1
+    with pytest.raises(UserError, match=r"f: all 3 rows were dropped.*--max-length 10"):
+        build(rows, nano, alpaca, 10)
+    exact = build(rows[:1], nano, alpaca, n + 1)  # n + 2 tokens are n + 1 positions
+    assert exact.n_truncated == 0 and exact.examples[0].targets[-1] == nano.eos_id
+
+
+def test_empty_replies_are_dropped(nano, alpaca):
+    nothing = [{"instruction": "a", "output": ""}, {"prompt": "a", "completion": ""}, {"text": ""}, {"messages": []},
+               {"messages": CHAT[:1]}, {"messages": [CHAT[0], {"role": "assistant", "content": ""}]}]
+    built = build([*nothing, {"instruction": "a", "output": "b"}], nano, alpaca)
+    assert (len(built), built.n_dropped) == (1, len(nothing))
+    with pytest.raises(UserError, match=f"all {len(nothing)} rows were dropped"):
+        build(nothing, nano, alpaca)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, 2])
+def test_text_becomes_windows_that_lose_nothing(nano, sp, extra):
+    text = " ".join(corpus(20))
+    for tok in (nano, sp):
+        ids = [*([1] if tok is sp else []), *tok.encode(text)]
+        ids = ids[:64 * (len(ids) // 64) + extra]
+        text = tok.decode(ids)
+        want = [*([1] if tok is sp else []), *tok.encode(text), tok.eos_id]
+        built = build([{"text": text}], tok, "", 32)
+        assert built.n_truncated == 0 and len(built.rows) == 1 and len(built) == -(-(len(want) - 1) // 32)
+        assert [t for e in built.examples for t in e.targets] == want[1:]
+        assert [i for e in built.examples for i in e.ids] == want[:-1]
+        assert all(len(e.ids) == 32 for e in built.examples[:-1]) and built.examples[-1].ids
+
+
+def test_prompt_of(nano):
+    as_row = data.to_messages
+    assert data.prompt_of(as_row("", {"text": "a"})) is None
+    assert data.prompt_of(as_row("", {"prompt": "a", "completion": "b"})) == ([("a", False)], "b")
+    assert data.prompt_of(as_row("", {"messages": [*CHAT, CHAT[0]]})) == (CHAT[:3], "9.")
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def test_utf8_bom_crlf_and_line_separators(tmp_path, nano, alpaca):
+    rows = [{"instruction": "a\u2028b\u0085c\u000cd", "output": "x\u2029y"}, {"instruction": "e", "output": "f"}]
+    lines = [json.dumps(r, ensure_ascii=False) for r in rows]
+    for text in ("\ufeff" + "\n".join(lines), "\r\n".join(lines) + "\r\n", "\n\n" + "\n \n".join(lines)):
+        assert [r for _, r in data.read_rows(write(tmp_path / "d.jsonl", text))] == rows
+    assert [r for _, r in data.read_rows(write(tmp_path / "d.json", "\ufeff" + json.dumps(rows)))] == rows
+    where = [w for w, _ in data.read_rows(write(tmp_path / "d.jsonl", "\r\n\r\n".join(lines)))]
+    assert where == [f"{tmp_path}/d.jsonl:1", f"{tmp_path}/d.jsonl:3"]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_csv_fields_hold_any_character(tmp_path, quoting):
+    """Only CR and LF end a CSV row; str.splitlines knows eight more."""
+    rows = [{"prompt": f"a{c}b", "completion": "x, \"y\"\nz"} for c in "\u2028\u2029\u0085\u000b\u000c\u001c\u001d\u001e"]
+    f = io.StringIO(newline="")
+    w = csv.DictWriter(f, rows[0], quoting=quoting)
+    w.writeheader()
+    w.writerows(rows)
+    assert [r for _, r in data.read_rows(write(tmp_path / "d.csv", "\ufeff" + f.getvalue()))] == rows
+    assert [r for _, r in data.read_rows(write(tmp_path / "d.csv", f.getvalue().replace("\r\n", "\n")))] == rows
+
+
+def test_csv_fields_may_be_long(tmp_path):
+    row = {"document": "word " * 40_000, "summary": "words"}
+    assert data.read_rows(write_rows(tmp_path / "d.csv", [row]))[0][1] == row
+
+
+def test_half_a_character_in_json(tmp_path, nano, sp, tokenizers_by_name):
+    """Texts that were cut in UTF-16 end in half an emoji: legal JSON, but not text that can be encoded or written."""
+    path = write(tmp_path / "d.jsonl", '{"instruction": "hi \\ud83d", "output": "ok \\ud83d"}\n'
+                 '{"messages": [{"role": "user", "content": "\\ude00"}, '
+                 '{"role": "assistant", "content": "\\ud83d\\ude00"}]}')
+    for tok in (nano, sp, tokenizers_by_name["chatml"][1]):
+        built = data.build(data.read_rows(path), tok, data.load_template("alpaca", tok), 512)
+        assert built.rows[0][1]["content"] == "ok \ufffd" and built.rows[1][1]["content"] == "\U0001f600"
+        assert learned_runs(built.examples[0], tok)[0].startswith("ok \ufffd")
+
+
+ROW = '{"instruction": "a", "output": "b"}\n'
+BAD = [
+    ("d.jsonl", "", r"d\.jsonl: the file is empty"),
+    ("d.csv", "\ufeff \n\n", r"d\.csv: the file is empty"),
+    ("d.json", "[]", r"d\.json: no rows in it"),
+    ("d.csv", "instruction,output\n", r"d\.csv: no rows in it"),
+    ("d.jsonl", (ROW * 2).encode() + b'{"instruction": "caf\xe9", "output": "b"}\n', r"d\.jsonl: not UTF-8 at line 3 "),
+    ("d.txt", b"one\ntwo \xff\n", r"d\.txt: not UTF-8 at line 2 "),
+    ("d.jsonl", ROW + "\n" + '{"instruction": "a", "output": }\n', r"d\.jsonl:3: broken JSON \(.*column 32"),
+    ("d.jsonl", ROW + ROW.strip()[:-1], r"d\.jsonl:2: broken JSON"),
+    ("d.json", '[\n{"instruction": "a",\n "output": "b",}\n]', r"d\.json:3: broken JSON"),
+    ("d.json", '{"instruction": "a", "output": "b"}', r"d\.json: expected a JSON array of objects"),
+    ("d.jsonl", ROW + '{"question": "a", "answer": "b"}', r"d\.jsonl:2: no known columns among question, answer; exp"),
+    ("d.jsonl", ROW + "{}", r"d\.jsonl:2: no known columns among none"),
+    ("d.csv", "a,b\n1,2\n", r"d\.csv:2: no known columns among a, b"),
+    ("d.jsonl", ROW + '{"instruction": null, "output": "b"}', r"d\.jsonl:2: field 'instruction' must be text, found null"),
+    ("d.jsonl", ROW + '{"instruction": "a", "output": null}', r"d\.jsonl:2: field 'output' must be text, found null"),
+    ("d.jsonl", ROW + '{"instruction": "a", "output": 3}', r"d\.jsonl:2: field 'output' must be text, found int"),
+    ("d.jsonl", ROW + '{"text": ["a"]}', r"d\.jsonl:2: field 'text' must be text, found list"),
+    ("d.json", '[{"text": "a"}, {"text": 1.5}]', r"d\.json: row 2: field 'text' must be text, found float"),
+    ("d.csv", "prompt,completion\na,b\nc\n", r"d\.csv:3: field 'completion' must be text, found null"),
+    ("d.jsonl", ROW + '["a", "b"]', r"d\.jsonl:2: expected an object with named fields, found list"),
+    ("d.jsonl", ROW + '"a"', r"d\.jsonl:2: expected an object with named fields, found str"),
+    ("d.json", "[1]", r"d\.json: row 1: expected an object with named fields, found int"),
+    ("d.jsonl", ROW + '{"messages": [{"role": "narrator", "content": "a"}]}', r"d\.jsonl:2: messages: role 'narrator' is"),
+    ("d.jsonl", ROW + '{"messages": [{"role": ["user"], "content": "a"}]}', r"d\.jsonl:2: messages: role \['user'\] is not"),
+    ("d.jsonl", ROW + '{"messages": [{"content": "a"}]}', r"d\.jsonl:2: messages: role None is not one of"),
+    ("d.jsonl", ROW + '{"conversations": [{"from": "human", "value": null}]}',
+     r"d\.jsonl:2: conversations: 'value' must be text, found NoneType"),
+    ("d.jsonl", ROW + '{"messages": "hello"}', r"d\.jsonl:2: field 'messages' must be a list of objects"),
+    ("d.csv", 'prompt,completion\na,b\n"c" d,e\n', r"d\.csv:3: broken CSV"),
+    ("d.csv", 'prompt,completion\na,b\n"c,d\n', r"d\.csv:3: broken CSV \(unexpected end of data"),
+    ("d.parquet", "PAR1", r"d\.parquet: unknown kind of file"),
+]
+
+
+@pytest.mark.parametrize("name,content,message", BAD, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(BAD)])
+def test_errors_name_file_and_line(tmp_path, nano, alpaca, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError, match="^" + re.escape(f"{tmp_path}/") + message):
+        data.build(data.read_rows(path), nano, alpaca, 512)
+
+
+def test_a_missing_file_or_a_folder(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))}: cannot be read"):
+            data.read_rows(path)
+
+
+# ---------------------------------------------------------------------------------------------- split, plan, collate
+
+def test_split():
+    rows = list(range(100))
+    a, b = data.split(rows, 0.1, seed=1)
+    assert len(b) == 10 and sorted(a + b) == rows and a == sorted(a) and b == sorted(b)
+    assert data.split(rows, 0.1, seed=1) == (a, b) and data.split(rows, 0.1, seed=2) != (a, b)
+    assert b != rows[:10] and b != rows[-10:]
+    for fraction, n in ((0.0, 100), (0.1, 4), (1.0, 100), (0.5, 1)):
+        with pytest.raises(UserError, match=rf"--val-frac {fraction} of {n} rows"):
+            data.split(rows[:n], fraction, seed=0)
+
+
+def lengths_of(n):
+    return torch.randint(1, 200, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 128, 129, 500])
+def test_plan_covers_each_epoch_once(n):
+    lengths = lengths_of(n)
+    for epoch in range(3):
+        steps = data.plan(lengths, 4, 2, seed=3, epoch=epoch)
+        assert sorted(i for step in steps for micro in step for i in micro) == list(range(n))
+        sizes = sorted(sum(map(len, step)) for step in steps)
+        assert len(steps) == -(-n // 8) and sizes[1:] == [8] * (len(steps) - 1) and sizes[0] == (n % 8 or 8)
+        assert all(0 < len(micro) <= 4 for step in steps for micro in step)
+        assert all(len(step) == 2 for step in steps if sum(map(len, step)) == 8)
+        assert steps == data.plan(lengths, 4, 2, seed=3, epoch=epoch)
+    if n > 100:
+        first, second, third = (data.plan(lengths, 4, 2, 3, epoch) for epoch in range(3))
+        assert first != second != third != first and first != data.plan(lengths, 4, 2, 4, 0)
+        assert {frozenset(sum(s, [])) for s in first} != {frozenset(sum(s, [])) for s in second}
+
+
+def test_plan_same_steps_for_every_split():
+    lengths = lengths_of(333)
+    as_sets = [[sum(step, []) for step in data.plan(lengths, b, g, 0, 5)] for b, g in ((8, 1), (4, 2), (2, 4), (1, 8))]
+    assert as_sets[0] == as_sets[1] == as_sets[2] == as_sets[3]
+
+
+def test_plan_sorts_inside_windows_only():
+    lengths = lengths_of(2000)
+    steps = [sum(step, []) for step in data.plan(lengths, 8, 1, 0, 0)]
+    padding = sum(len(s) * max(lengths[i] for i in s) - sum(lengths[i] for i in s) for s in steps)
+    assert padding < 0.1 * sum(lengths)  # in random order it is about 0.8
+    spread = torch.tensor([float(lengths[s[0]]) for s in steps])
+    longer = (spread[1:] > spread[:-1]).float().mean()  # no curriculum, inside a window neither (unshuffled: 1/16)
+    assert 0.35 < longer < 0.65
+
+
+EXAMPLES = [data.Example([1, 2, 3], [IGNORE, 3, 9]), data.Example([4], [9]),
+            data.Example([5, 6, 7, 8, 9], [IGNORE] * 3 + [9, 9])]
+
+
+def test_collate_padded():
+    b = data.collate(EXAMPLES)
+    assert b.ids.tolist() == [[1, 2, 3, 0, 0], [4, 0, 0, 0, 0], [5, 6, 7, 8, 9]]
+    assert b.targets.tolist() == [[IGNORE, 3, 9, IGNORE, IGNORE], [9, *[IGNORE] * 4], [*[IGNORE] * 3, 9, 9]]
+    assert b.positions is None and b.segments is None
+    assert (b.n_examples, b.n_tokens, b.n_labels) == (3, 9, 5)
+    assert b.ids.dtype == b.targets.dtype == torch.int64
+
+
+def test_collate_packed():
+    b = data.collate(EXAMPLES, pack=True)
+    assert b.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert b.targets.tolist() == [[IGNORE, 3, 9, 9, IGNORE, IGNORE, IGNORE, 9, 9]]
+    assert b.positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4]] and b.segments == [3, 1, 5]
+    padded = data.collate(EXAMPLES)
+    assert (b.n_examples, b.n_tokens, b.n_labels) == (padded.n_examples, padded.n_tokens, padded.n_labels)
+    moved = b.to("cpu")
+    assert moved.positions.shape == moved.ids.shape == (1, 9)
+
+
+# ---------------------------------------------------------------------------------------------- show
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_show_marks_exactly_what_is_learned(nano, sp, alpaca, colour):
+    mark = r"\x1b\[32m(.*?)\x1b\[0m" if colour else r"\[\[(.*?)\]\]"
+    rows = [{"messages": CHAT}, {"prompt": "ab", "completion": " cd"}, {"text": "👍 one two"},
+            {"instruction": "x", "output": "y"}]
+    for tok in (nano, sp):
+        examples = build(rows, tok, data.load_template("alpaca", tok)).examples
+        shown = re.split(r"(?m)^--- example \d+: .*\n", data.show(examples, tok, colour))[1:]
+        assert len(shown) == len(examples)
+        for e, text, row in zip(examples, shown, rows, strict=True):
+            text = text if e is examples[-1] else text[:-1]
+            assert re.sub(mark, r"\1", text, flags=re.S) == tok.decode(whole(e)), row
+            if "text" not in row:  # of plain text all but the first token is learned
+                want = [m["content"] + tok.eos for m in row.get("messages", []) if m["role"] == "assistant"] or [
+                    row.get("completion", row.get("output")) + tok.eos]
+                assert re.findall(mark, text, flags=re.S) == want
+    cut = build(rows[:1], nano, alpaca, len(examples[0].ids) // 2).examples
+    assert data.show(cut, nano, colour).count("\x1b[32m" if colour else "[[") == len(learned_runs(cut[0], nano))
+
+
+def test_show_header(nano):
+    e = data.Example(nano.encode("one two"), [IGNORE, nano.eos_id])
+    assert data.show([e, e], nano, False).count("2 positions, 1 learned\none two[[<|endoftext|>]]") == 2
+
+
+def test_show_batch_trains_nothing(tmp_path, gpt2_folder, data_file, capsys):
+    out = train.main(train.TrainConfig(model=str(gpt2_folder), data=str(data_file), max_length=128, batch_size=3,
+                                       device="cpu", show_batch=True, out=str(tmp_path / "run")))
+    text = capsys.readouterr().out
+    assert out == {} and not (tmp_path / "run").exists()
+    assert text.count("--- example") == 3 and text.count("[[It is ") == 3 and text.count(EOS + "]]") == 3
+
+
+def test_the_bundled_data_reads(nano, alpaca):
+    for name in ("support", "support-heldout"):
+        built = data.build(data.read_rows(weights.ASSETS / f"{name}.jsonl"), nano, alpaca, 512)
+        assert (built.n_dropped, built.n_truncated) == (0, 0) and len(built) > 50

@@ -1,0 +1,417 @@
+"""lora.py: where adapters go, PEFT's files both ways, merging, precision."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_folder
+from safetensors.torch import load_file, save_file
+
+import lora
+import loss
+import weights
+from weights import UserError
+
+FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
+IDS = torch.randint(0, 4096, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One tiny model folder a kind, shared by the tests here: none of them writes into it."""
+    root = tmp_path_factory.mktemp("models")
+    return {"gpt2": make_folder(root / "gpt2", "gpt2"), "llama": make_folder(root / "llama", "llama"),
+            "tied llama": make_folder(root / "tied", "llama", tie_word_embeddings=True)}
+
+
+def randomise_adapters(model, seed=2):
+    """B != 0, so that the adapter does something."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_" in n:
+                p.copy_(0.5 * torch.randn(p.shape, generator=rng) / p.shape[-1] ** 0.5)
+    return model
+
+
+def adapted(folder, bits=32, **options):
+    return randomise_adapters(lora.inject(weights.load(folder, bits=bits), **{"r": 3, "alpha": 7, **options}))
+
+
+@torch.no_grad()
+def logits(model):
+    out = model.eval()(IDS)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def assert_same(a, b, other=None):
+    """Equal logits; and, so that equality says something, clearly different from `other`."""
+    assert (a - b).abs().max() <= 1e-5 * b.std()
+    if other is not None:
+        assert (b - other).abs().max() > 0.1 * b.std()
+
+
+def hf_model(folder):
+    return pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------- targets
+
+@pytest.mark.parametrize(("family", "targets", "layers"), [
+    ("gpt2", None, ["attn.c_attn"]),
+    ("gpt2", ["c_attn.q", "c_attn.k"], ["attn.c_attn"]),
+    ("gpt2", ["c_proj"], ["attn.c_proj", "mlp.c_proj"]),
+    ("gpt2", ["attn.c_proj"], ["attn.c_proj"]),
+    ("gpt2", "all", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
+    ("llama", None, ["self_attn.q_proj", "self_attn.v_proj"]),
+    ("llama", ["k_proj", "down_proj"], ["self_attn.k_proj", "mlp.down_proj"]),
+    ("llama", "all", [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]),
+])
+def test_targets(folders, family, targets, layers):
+    model = lora.inject(weights.load(folders[family]), targets=targets)
+    blocks = "h" if family == "gpt2" else "model.layers"
+    assert set(lora.adapters(model)) == {f"{blocks}.{i}.{layer}" for i in range(3) for layer in layers}
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {n for n, _ in model.named_parameters() if ".lora_A" in n or ".lora_B" in n}
+
+
+def test_fused_parts_touch_only_their_rows(folders):
+    model = weights.load(folders["gpt2"])
+    x = torch.randn(2, 5, 32)
+    before = model.h[0].attn.c_attn(x)
+    randomise_adapters(lora.inject(model, r=2))
+    q, k, v = (model.h[0].attn.c_attn(x) - before).split(32, -1)
+    assert model.h[0].attn.c_attn.parts == ("q", "v")
+    assert q.abs().max() > 0.1 and v.abs().max() > 0.1 and not k.any()
+
+
+@FAMILIES
+def test_fresh_adapter_changes_nothing(folders, family):
+    model = weights.load(folders[family])
+    before = logits(model)
+    assert torch.equal(before, logits(lora.inject(model, targets="all")))
+    assert all(m.lora_A.any() for m in lora.adapters(model).values())
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ({"targets": ["nonsense"]}, "nonsense"), ({"targets": ["q_proj", "c_attn"]}, "c_attn"), ({"targets": ["proj"]}, "proj"),
+    ({"targets": ["q_proj.q"]}, "q_proj.q"), ({"r": 0}, "--lora-r 0"), ({"r": -1}, "--lora-r -1"),
+    ({"dropout": 1.0}, "--lora-dropout 1.0"), ({"dropout": -0.1}, "--lora-dropout -0.1"),
+])
+def test_bad_options_are_named_and_leave_no_adapter(folders, options, named):
+    model = weights.load(folders["llama"])
+    with pytest.raises(UserError, match=named):
+        lora.inject(model, **options)
+    assert not lora.adapters(model)
+
+
+def test_second_injection_is_refused(folders):
+    with pytest.raises(UserError, match="already"):
+        lora.inject(adapted(folders["llama"]))
+
+
+# ---------------------------------------------------------------------------------------------- PEFT, both ways
+
+TO_PEFT = [
+    ("gpt2", {}), ("gpt2", {"rslora": True}), ("gpt2", {"targets": ["c_attn"]}), ("gpt2", {"targets": ["c_attn.v"]}),
+    ("gpt2", {"targets": ["c_attn.q", "c_attn.k"]}), ("gpt2", {"targets": ["attn.c_proj"]}),
+    ("gpt2", {"targets": ["c_fc", "c_proj"]}), ("gpt2", {"targets": "all", "rslora": True}),
+    ("gpt2", {"targets": ["lm_head"]}), ("gpt2", {"targets": ["c_attn.q", "c_attn.v", "c_fc"]}),
+    ("gpt2", {"targets": ["c_fc", "c_attn.q", "c_attn.k"], "rslora": True}),
+    ("llama", {}), ("llama", {"targets": "all"}), ("llama", {"targets": "all", "rslora": True}),
+    ("llama", {"targets": ["o_proj", "lm_head"]}), ("tied llama", {"targets": ["down_proj"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), TO_PEFT, ids=str)
+def test_our_adapter_in_peft_and_back(folders, tmp_path, kind, options):
+    """PITFALLS 22, 23: GPT-2's transposed weights, the scale, q and v thirds as one adapter."""
+    peft = pytest.importorskip("peft")
+    ours = adapted(folders[kind], **options)
+    lora.save(ours, tmp_path)
+    base = hf_model(folders[kind])
+    before = logits(base)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert_same(logits(theirs), logits(ours), before)
+    back = lora.load(weights.load(folders[kind]), tmp_path)
+    assert_same(logits(back), logits(ours))
+    assert all(back.get_submodule(n).scale == pytest.approx(m.scale) for n, m in lora.adapters(ours).items())
+
+
+FROM_PEFT = [
+    ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    ("gpt2", {"target_modules": ["c_proj", "c_fc"], "fan_in_fan_out": True, "use_rslora": True}),
+    ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+    ("llama", {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "lora_dropout": 0.1}),
+    ("llama", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 5}}),
+    ("llama", {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 5}, "alpha_pattern": {"q_proj": 20}}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), FROM_PEFT, ids=str)
+def test_peft_adapter_in_ours(folders, tmp_path, family, options):
+    peft = pytest.importorskip("peft")
+    base = hf_model(folders[family])
+    before = logits(base)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=10, **options))
+    randomise_adapters(theirs).save_pretrained(tmp_path)
+    ours = lora.load(weights.load(folders[family]), tmp_path)
+    assert_same(logits(ours), logits(theirs), before)
+    assert {m.dropout for m in lora.adapters(ours).values()} == {options.get("lora_dropout", 0.0)}
+    assert all(p.requires_grad == ("lora_" in n) for n, p in ours.named_parameters())
+    lora.save(ours, tmp_path / "again")
+    assert_same(logits(lora.load(weights.load(folders[family]), tmp_path / "again")), logits(ours))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scale_survives(folders, tmp_path, rslora):
+    """PITFALLS 22: r, alpha, dropout and rsLoRA of every layer come back, for q and v thirds too."""
+    before = adapted(folders["gpt2"], r=3, alpha=11, dropout=0.2, rslora=rslora)
+    lora.save(before, tmp_path)
+    after = lora.load(weights.load(folders["gpt2"]), tmp_path)
+    for name, a in lora.adapters(before).items():
+        b = lora.adapters(after)[name]
+        assert (b.r, b.parts, b.rslora, b.dropout) == (3, ("q", "v"), rslora, 0.2)
+        assert b.alpha == pytest.approx(11) and b.scale == pytest.approx(a.scale)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == 6 and config["lora_alpha"] == pytest.approx(11 * (2 ** 0.5 if rslora else 2))
+
+
+def test_reload_in_a_fresh_process(folders, tmp_path):
+    """PITFALLS 20: an adapter file with nothing in it."""
+    code = ("import sys, torch, lora, weights\n"
+            "*pairs, out = sys.argv[1:]\n"
+            "ids = torch.load(out)\n"
+            "models = [lora.load(weights.load(m), a) for m, a in zip(pairs[::2], pairs[1::2])]\n"
+            "torch.save([m.eval()(ids).detach() for m in models], out)")
+    pairs, wanted = [], []
+    for family in ("gpt2", "llama"):
+        model = adapted(folders[family])
+        lora.save(model, tmp_path / family)
+        pairs += [folders[family], tmp_path / family]
+        wanted.append((logits(model), logits(weights.load(folders[family]))))
+    torch.save(IDS, tmp_path / "io.pt")
+    subprocess.run([sys.executable, "-c", code, *map(str, pairs), str(tmp_path / "io.pt")], cwd=ROOT, check=True)
+    for got, (expected, base) in zip(torch.load(tmp_path / "io.pt"), wanted, strict=True):
+        assert_same(got, expected, base)
+
+
+# ---------------------------------------------------------------------------------------------- broken adapters
+
+KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
+
+
+def drop(t, key):
+    t.pop(key)
+
+
+def rename(t, key):
+    t[key.replace("layers.1", "layers.7")] = t.pop(key)
+
+
+def foreign(t, key):
+    t[key.replace("lora_", "lora_embedding_")] = t[key].clone()
+
+
+def longer(t, key):
+    t[key] = torch.cat([t[key], t[key]], 0 if "lora_B" in key else 1)
+
+
+@pytest.mark.parametrize(("damage", "named"), [
+    (drop, "layers.1.self_attn.q_proj"), (rename, "layers.7"), (foreign, "lora_embedding_"),
+    (longer, "layers.1.self_attn.q_proj"),
+])
+@pytest.mark.parametrize("kind", ["A", "B"])
+def test_damaged_adapter_is_refused(folders, tmp_path, damage, named, kind):
+    """PITFALLS 21: strict both ways, naming the tensor."""
+    lora.save(adapted(folders["llama"]), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    damage(tensors, KEY.format(kind))
+    save_file(tensors, file)
+    with pytest.raises(UserError) as e:
+        lora.load(weights.load(folders["llama"]), tmp_path)
+    assert named in str(e.value) and file.name in str(e.value)
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 5}, "rank"),
+])
+def test_adapter_config_that_cannot_be_honoured_is_refused(folders, tmp_path, changes, named):
+    lora.save(adapted(folders["llama"]), tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UserError, match=named):
+        lora.load(weights.load(folders["llama"]), tmp_path)
+
+
+def test_layer_of_the_config_without_tensors_is_refused(folders, tmp_path):
+    """PITFALLS 21: a whole layer's adapter lost on the way."""
+    lora.save(adapted(folders["llama"]), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(file).items() if "layers.1.self_attn.q_proj" not in k}, file)
+    with pytest.raises(UserError, match="layers.1.self_attn.q_proj"):
+        lora.load(weights.load(folders["llama"]), tmp_path)
+
+
+def test_adapter_of_another_model_is_refused(folders, tmp_path):
+    lora.save(adapted(folders["gpt2"]), tmp_path)
+    with pytest.raises(UserError, match="c_attn"):
+        lora.load(weights.load(folders["llama"]), tmp_path)
+
+
+def test_nothing_to_save(folders, tmp_path):
+    with pytest.raises(UserError, match="no adapters"):
+        lora.save(weights.load(folders["llama"]), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- merging
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("gpt2", {}), ("gpt2", {"targets": "all", "rslora": True}), ("llama", {"targets": "all"}), ("tied llama", {}),
+    ("llama", {"targets": ["lm_head"]}),
+], ids=["gpt2", "gpt2-all", "llama-all", "tied", "lm_head"])
+def test_merge_is_exact_and_idempotent(folders, kind, options):
+    """PITFALLS 24."""
+    model, base = adapted(folders[kind], **options), logits(weights.load(folders[kind]))
+    before = logits(model)
+    for _ in range(2):
+        assert lora.merge(model) is model and not lora.adapters(model)
+        assert_same(logits(model), before, base)
+
+
+def test_eval_and_train_do_not_merge(folders):
+    """PITFALLS 24: merging as a side effect of eval()."""
+    model = adapted(folders["llama"])
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    for mode in (False, True, False, False, True, True):
+        model.train(mode)(IDS)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@FAMILIES
+def test_merge_into_16_bit_is_refused(folders, family):
+    model = adapted(folders[family], bits=16)
+    before = logits(model)
+    with pytest.raises(UserError, match="bits=32"):
+        lora.merge(model)
+    assert lora.adapters(model) and torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("gpt2", None), ("tied llama", "all")])
+def test_merge_command(folders, tmp_path, kind, targets):
+    """PITFALLS 26: the merged model, tied head and all, here and in transformers; GPT-2's as typed in a shell."""
+    model = adapted(folders[kind], targets=targets)
+    lora.save(model, tmp_path / "adapter")
+    out = tmp_path / "merged"
+    argv = ["merge", "--model", str(folders[kind]), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]
+    if kind == "gpt2":  # a fresh process costs seconds
+        subprocess.run([sys.executable, "lora.py", *argv], cwd=ROOT, check=True)
+    else:
+        lora.main(argv)
+    assert "lm_head.weight" not in load_file(out / "model.safetensors") and (out / "merges.txt").is_file()
+    base = logits(weights.load(folders[kind]))
+    assert_same(logits(weights.load(out)), logits(model), base)
+    assert_same(logits(hf_model(out)), logits(model), base)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "tied llama"])
+def test_merge_unties_an_adapted_head(folders, tmp_path, kind):
+    """PITFALLS 26: an adapter of the head alone must not be merged into the embedding that shares its matrix."""
+    model = adapted(folders[kind], targets=["lm_head"])
+    lora.save(model, tmp_path / "adapter")
+    out = tmp_path / "merged"
+    lora.main(["merge", "--model", str(folders[kind]), "--adapter", str(tmp_path / "adapter"), "--out", str(out)])
+    embedding = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
+    merged, base = load_file(out / "model.safetensors"), load_file(folders[kind] / "model.safetensors")
+    assert torch.equal(merged[embedding], base[embedding])
+    assert (merged["lm_head.weight"] - base[embedding]).abs().max() > 0.1
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert_same(logits(weights.load(out)), logits(model), logits(weights.load(folders[kind])))
+    assert_same(logits(hf_model(out)), logits(model))
+
+
+def test_merge_command_in_16_bit_and_into_an_existing_folder(folders, tmp_path):
+    adapter, out = tmp_path / "adapter", tmp_path / "merged"
+    lora.save(adapted(folders["llama"]), adapter)
+    argv = ["merge", "--model", str(folders["llama"]), "--adapter", str(adapter), "--out", str(out)]
+    lora.main([*argv, "--dtype", "bfloat16"])
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    with pytest.raises(UserError, match="not empty"):
+        lora.main(argv)
+
+
+# ---------------------------------------------------------------------------------------------- precision and dropout
+
+def train(model, lr, steps):
+    """Loss at each step of AdamW in bfloat16."""
+    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0), []
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss.sum_loss(model.train().hidden(IDS), model.head, IDS)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+@FAMILIES
+def test_adapters_are_float32_over_16_bit_weights(folders, tmp_path, family):
+    """PITFALLS 16: injected and loaded alike."""
+    model = adapted(folders[family], bits=16)
+    lora.save(model, tmp_path)
+    for m in (model, lora.load(weights.load(folders[family], bits=16), tmp_path)):
+        assert {p.dtype for n, p in m.named_parameters() if "lora_" in n} == {torch.float32}
+        assert {p.dtype for n, p in m.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def test_fp16_gradients_can_be_unscaled(folders, monkeypatch):
+    """PITFALLS 16: "Attempting to unscale FP16 gradients"."""
+    monkeypatch.setattr(weights, "half_dtype", lambda device: torch.float16)
+    model = adapted(folders["gpt2"], bits=16)
+    assert model.wte.weight.dtype == torch.float16
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=4.0), torch.optim.SGD(trainable, lr=1.0)
+    with torch.autocast("cpu", torch.float16):
+        value = loss.sum_loss(model.hidden(IDS), model.head, IDS)
+    scaler.scale(value).backward()
+    scaler.unscale_(optimizer)
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in trainable)
+
+
+@FAMILIES
+@pytest.mark.parametrize("bits", [16, 32])
+def test_tiny_updates_arrive(folders, family, bits):
+    """PITFALLS 18: weights held in bfloat16 would swallow an update of 1e-6."""
+    model = adapted(folders[family], bits=bits, targets="all")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    train(model, lr=1e-6, steps=1)
+    for n, p in model.named_parameters():
+        moved = (p != before[n]).float().mean()
+        assert moved > 0.9 if "lora_" in n else moved == 0, n
+
+
+@FAMILIES
+def test_training_with_adapters_lowers_the_loss(folders, family):
+    model = lora.inject(weights.load(folders[family], bits=16), r=4, targets="all")
+    losses = train(model, lr=1e-2, steps=12)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@FAMILIES
+def test_dropout_is_on_in_training_and_off_in_evaluation(folders, family):
+    """PITFALLS 29."""
+    model, plain = adapted(folders[family], dropout=0.5), adapted(folders[family], dropout=0.0)
+    assert torch.equal(logits(model), logits(model)) and torch.equal(logits(model), logits(plain))
+    model.train()
+    with torch.no_grad():
+        assert (model(IDS) - model(IDS)).abs().max() > 0.01

@@ -1,0 +1,172 @@
+"""Text to token ids and back, whichever file the checkpoint brings. No network.
+
+    tokenizer.json              the `tokenizers` library                   (most of today's checkpoints)
+    tokenizer.model             sentencepiece (LLaMA 1, 2) or tiktoken (Llama 3's original file)
+    vocab.json + merges.txt     tiktoken                                   (GPT-2, and the bundled gpt2-nano)
+
+Special tokens come from one place. `encode` adds none of its own and reads "<|endoftext|>" in somebody's text as plain
+characters; only what a template writes is encoded with specials=True. (Two BOS tokens in front, one from the template and
+one from the tokenizer, train a model that nobody ever prompts that way again.)
+"""
+import base64
+import re
+from itertools import groupby
+from pathlib import Path
+
+import weights
+from weights import UserError
+
+GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+")
+
+
+class Tokenizer:
+    """`encode(text) -> ids`, `decode(ids) -> text`, `eos_id`; `chat_template`, the checkpoint's own jinja or None."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        meta = {}
+        for f in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / f).is_file():
+                meta.update({k: v for k, v in weights.read_json(folder / f).items() if v is not None})
+        self.specials: dict[str, int] = {}
+        self.bos = self.eos_id = None  # some files name their own; tokenizer_config.json goes before
+        if (folder / "tokenizer.json").is_file():
+            self._from_tokenizers(folder / "tokenizer.json")
+        elif (folder / "tokenizer.model").is_file():
+            data = (folder / "tokenizer.model").read_bytes()
+            if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", data):  # Llama 3: lines of base64 and rank
+                self._from_tiktoken(data)
+            else:
+                self._from_sentencepiece(folder / "tokenizer.model")
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            self._from_gpt2(folder)
+        else:
+            raise UserError(f"{folder}: no tokenizer in it (tokenizer.json, tokenizer.model, or vocab.json + merges.txt)")
+        self.bos = self._token_text(meta.get("bos_token")) or self.bos
+        eos = self._token_text(meta.get("eos_token"))
+        self.eos_id = self.specials.get(eos) if eos else self.eos_id
+        self._ids_from_config(folder)
+        if self.eos_id is None:
+            raise UserError(f"{folder}: no end-of-text token is named in tokenizer_config.json or config.json")
+        names = {i: s for s, i in self.specials.items()}
+        self.eos = eos or names.get(self.eos_id) or self.decode([self.eos_id])
+        self.adds_bos = bool(meta.get("add_bos_token", self.adds_bos)) and bool(self.bos)
+        self.chat_template = self._read_template(folder, meta)
+        # Does the tokenizer put a space before every text (LLaMA 1 and 2)? Then a piece that continues must drop it.
+        self._marker = self._encode("\n", False) if self._encode("a", False) != self._encode("\na", False)[-1:] else None
+
+    @staticmethod
+    def _token_text(token):
+        return token.get("content") if isinstance(token, dict) else token
+
+    def _ids_from_config(self, folder: Path):
+        """The ids that end a generation: the tokenizer's, and those that config.json and generation_config.json add."""
+        self.stop_ids = set()
+        for f in ("generation_config.json", "config.json"):
+            if (folder / f).is_file():
+                ids = weights.read_json(folder / f).get("eos_token_id")
+                ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+                self.stop_ids.update(ids)
+                if self.eos_id is None and ids:
+                    self.eos_id = ids[0]
+        if self.eos_id is not None:
+            self.stop_ids.add(self.eos_id)
+
+    @staticmethod
+    def _read_template(folder: Path, meta: dict) -> str | None:
+        if (folder / "chat_template.jinja").is_file():
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = meta.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        return template
+
+    def _from_tokenizers(self, path: Path):
+        import tokenizers
+        try:
+            tok = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises bare Exception
+            raise UserError(f"{path}: not a readable tokenizer ({e})") from None
+        tok.no_truncation()  # the file may have kept those of somebody's training run
+        tok.no_padding()
+        self.specials = {t.content: i for i, t in tok.get_added_tokens_decoder().items() if t.special}
+
+        def encode(text, specials):
+            tok.encode_special_tokens = not specials  # the library's name for "specials as ordinary text"
+            return tok.encode(text, add_special_tokens=False).ids
+        self._encode, self.decode = encode, lambda ids: tok.decode(list(ids), skip_special_tokens=False)
+        added = tok.encode("", add_special_tokens=True).tokens
+        self.bos, self.adds_bos = added[0] if added else None, len(added) > 0
+        self.vocab_size = tok.get_vocab_size()
+
+    def _from_bpe(self, ranks: dict, split: str):
+        import tiktoken
+        bpe = tiktoken.Encoding(self.folder.name, pat_str=split, mergeable_ranks=ranks, special_tokens=self.specials)
+        self._encode = lambda text, specials: bpe.encode(text, allowed_special="all" if specials else set(),
+                                                         disallowed_special=())
+        self.decode, self.vocab_size = lambda ids: bpe.decode(list(ids)), bpe.n_vocab
+
+    def _from_tiktoken(self, data: bytes):
+        ranks = {base64.b64decode(t): int(rank) for t, rank in (line.split() for line in data.splitlines())}
+        names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+                 "reserved_special_token_2", "reserved_special_token_3", "start_header_id", "end_header_id",
+                 "reserved_special_token_4", "eot_id"] + [f"reserved_special_token_{i}" for i in range(5, 251)]
+        self.specials = {f"<|{n}|>": len(ranks) + i for i, n in enumerate(names)}
+        self._from_bpe(ranks, LLAMA3_SPLIT)
+        self.bos, self.adds_bos = "<|begin_of_text|>", True
+
+    def _from_gpt2(self, folder: Path):
+        vocab = weights.read_json(folder / "vocab.json")
+        # vocab.json writes bytes as printable characters (GPT-2's bytes_to_unicode): undo it.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+        # tiktoken merges by rank = id: right only if the ids follow the order of merges.txt, as GPT-2's do.
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [m.replace(" ", "", 1) for m in lines if m and not m.startswith("#version")]
+        merged = [vocab.get(m) for m in merges]
+        if None in merged or merged != sorted(merged):
+            raise UserError(f"{folder / 'merges.txt'}: does not match vocab.json's order; bring a tokenizer.json instead")
+        # Neither a byte nor a merge: no text can become it, so it is special ("<|endoftext|>", others' "</s>").
+        plain = {*byte_of, *merges}
+        self.specials = {token: i for token, i in vocab.items() if token not in plain}
+        ranks = {bytes(byte_of[ch] for ch in token): i for token, i in vocab.items() if token not in self.specials}
+        self._from_bpe(ranks, GPT2_SPLIT)
+        self.adds_bos = False
+
+    def _from_sentencepiece(self, path: Path):
+        import sentencepiece
+        try:
+            sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as e:
+            raise UserError(f"{path}: not a readable sentencepiece model ({e})") from None
+        self.specials = {sp.id_to_piece(i): i for i in (sp.bos_id(), sp.eos_id()) if i >= 0}
+        marks = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
+
+        def encode(text, specials):
+            if not specials:
+                return sp.encode(text)
+            return [i for s in marks.split(text) if s for i in ([self.specials[s]] if s in self.specials else sp.encode(s))]
+
+        def decode(ids):  # sentencepiece's own leaves special tokens out
+            runs = groupby(map(int, ids), names.__contains__)
+            return "".join("".join(names[i] for i in run) if special else sp.decode(list(run)) for special, run in runs)
+        names = {i: s for s, i in self.specials.items()}
+        self._encode, self.decode = encode, decode
+        self.bos = sp.id_to_piece(sp.bos_id()) if sp.bos_id() >= 0 else None
+        self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
+        self.adds_bos, self.vocab_size = True, sp.get_piece_size()
+
+    def encode(self, text: str, specials: bool = False, continued: bool = False) -> list[int]:
+        """specials: names of special tokens in `text` mean the tokens. continued: `text` goes on where another piece
+        ended, so the space that LLaMA 1 and 2 put in front of every text has no place."""
+        if continued and self._marker is not None and text:
+            return self._encode("\n" + text, specials)[len(self._marker):]  # a newline never merges with what follows
+        return self._encode(text, specials)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a model: a short name, org/name or a folder."""
+    return Tokenizer(weights.find(str(name)))
