@@ -86,7 +86,7 @@ class Ledger(TorchDispatchMode):
             self.storages[key] = [weakref.ref(storage, lambda _: self.forget(key)), n, category]
             self.live[category] += n
         total = sum(self.live.values())
-        if total > self.peak:
+        if total >= self.peak:  # at an equal total the later split is better known: gradients have been told apart
             self.peak, self.at_peak = total, dict(self.live)
 
     def forget(self, key):

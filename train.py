@@ -118,7 +118,8 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     if cfg.steps and cfg.epochs != default.epochs:
         raise UserError("--steps and --epochs both say how long to train; give one")
     if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full:
-        cfg.lora_targets = "all"  # 4M parameters know little that Q and V alone could steer: see LOG.md
+        # 4M parameters know little that Q and V alone could steer, and default_lr fits larger models: see LOG.md.
+        cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
     cfg.device = weights.usable_device(cfg.device)
     cfg.bits = cfg.bits or (16 if cfg.amp and not cfg.full else 32)
     if cfg.bits == 16 and not cfg.amp:
