@@ -43,6 +43,10 @@ class Ledger(TorchDispatchMode):
     and frees inside itself (a matrix product's scratch space) is not seen.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls):  # PyTorch's switch: as it stands, a mode imports the compiler, 72 MB, to hide from it
+        return False
+
     def __init__(self, model, optimizer=None):
         super().__init__()
         self.live = dict.fromkeys(CATEGORIES, 0)

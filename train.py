@@ -33,6 +33,7 @@ import memory
 import record
 import weights
 from loss import sum_loss
+from optim import AdamW
 from weights import ASSETS, UserError
 
 
@@ -155,7 +156,7 @@ def evaluate(model, examples, cfg) -> dict:
     total = labels = 0
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
     for i in range(0, len(order), cfg.batch_size):
-        batch = data.collate([examples[j] for j in order[i:i + cfg.batch_size]], cfg.pack).to(cfg.device)
+        batch = data.collate([examples[j] for j in order[i:i + cfg.batch_size]], cfg.pack, cfg.max_length).to(cfg.device)
         with autocast(cfg):
             total += sum_loss(model.hidden(batch.ids, batch.positions, batch.segments), model.head, batch.targets).item()
         labels += batch.n_labels
@@ -242,9 +243,8 @@ class Run:
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = [p for p in self.trainable.values() if p.dim() >= 2]
         vectors = [p for p in self.trainable.values() if p.dim() < 2]  # norms and biases are not decayed
-        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
-                                            {"params": vectors, "weight_decay": 0.0}], lr=cfg.lr,
-                                           fused=torch.device(cfg.device).type in ("cpu", "cuda"))
+        self.optimizer = AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
+                                {"params": vectors, "weight_decay": 0.0}], lr=cfg.lr)
         # float16 ends at 6e-5 on the small side, where gradients live: multiply the loss by a large number (the scale),
         # divide the gradients by it before clipping; halve it and skip the step whenever something overflows.
         half = cfg.amp and weights.half_dtype(cfg.device) == torch.float16
@@ -261,7 +261,8 @@ class Run:
             lengths = [len(e.ids) for e in self.train_set.examples]
             self.plan = data.plan(lengths, self.cfg.batch_size, self.cfg.grad_accum, self.cfg.seed, epoch)
             self.planned = epoch
-        return [data.collate([self.train_set.examples[j] for j in m], self.cfg.pack) for m in self.plan[i]]
+        examples = self.train_set.examples
+        return [data.collate([examples[j] for j in m], self.cfg.pack, self.cfg.max_length) for m in self.plan[i]]
 
     def train_step(self) -> dict:
         """One optimizer step over its micro-batches; returns the line for metrics.jsonl."""
@@ -286,7 +287,7 @@ class Run:
                             f"{why_not_finite(model, cfg, self.step)}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.step += 1
         tokens, step_s = sum(b.n_tokens for b in batches), time.perf_counter() - start
         return {"step": self.step, "loss": loss_sum, "lr": lr, "grad_norm": grad_norm, "tokens": tokens,
@@ -423,13 +424,13 @@ class Run:
     def load_state(self):
         path = self.out / "state" / "state.safetensors"
         with weights.opened(path) as f:
-            numbers = json.loads(f.metadata()["numbers"])
+            numbers, names = json.loads(f.metadata()["numbers"]), set(f.keys())
             with torch.no_grad():
                 for n, p in self.trainable.items():
                     p.copy_(f.get_tensor(f"param/{n}"))
-                    self.optimizer.state[p] = {key: f.get_tensor(f"optimizer/{key}/{n}").to(p.device)
-                                               for key in ("step", "exp_avg", "exp_avg_sq")}
-            names = f.keys()
+                    for key in ("step", "exp_avg", "exp_avg_sq"):
+                        if (name := f"optimizer/{key}/{n}") in names:  # (not if every step so far was skipped)
+                            self.optimizer.state[p][key] = f.get_tensor(name).to("cpu" if key == "step" else p.device)
             torch.set_rng_state(f.get_tensor("rng/cpu"))
             if "rng/cuda" in names and torch.device(self.cfg.device).type == "cuda":
                 torch.cuda.set_rng_state(f.get_tensor("rng/cuda"), self.cfg.device)

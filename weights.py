@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import gpt2
 import llama
@@ -182,6 +183,15 @@ def usable_device(name: str | None) -> str:
     return name
 
 
+class NoInit(TorchFunctionMode):
+    """Layers are made without their random start, which nobody would see. On the "meta" device it would be worse than
+    idle: `normal_` of a tensor without storage imports PyTorch's compiler, 72 MB and 2 seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) != "torch.nn.init":
+            return func(*args, **(kwargs or {}))
+
+
 def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     """A model with its pretrained weights. name: short name, org/name or folder. bits: 32 (float32) or 16.
 
@@ -191,7 +201,7 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
         raise UserError(f"--bits {bits}: only 32 and 16")
     folder = find(str(name))
     config, model_class, _ = read_config(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), NoInit():
         model = model_class(config)  # shapes, no storage
     dtype = torch.float32 if bits == 32 else half_dtype(device)
     expected = {n: p.shape for n, p in model.named_parameters()}  # a tied head is listed once, as the embedding
@@ -205,13 +215,10 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
             tied_head = n == "lm_head.weight" and config.tied_head
             if n not in expected and not tied_head:
                 raise UserError(f"{path}: unexpected tensor {key}, which {folder / 'config.json'} has no place for")
-            tensor = read_tensor(path, key)
+            tensor = read_tensor(path, key, device, dtype)
             shape = model.lm_head.weight.shape if tied_head else expected[n]
             if tensor.shape != shape:
                 raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-            if not tensor.is_floating_point():
-                raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; quantised checkpoints are not supported")
-            tensor = tensor.to(device=device, dtype=dtype, copy=True)
             if tied_head:  # some files store the tied matrix twice; it must be the same one
                 head = tensor
                 continue
@@ -233,10 +240,13 @@ def tensor_names(path: Path) -> list[str]:
         return list(f.keys())
 
 
-def read_tensor(path: Path, key: str) -> torch.Tensor:
+def read_tensor(path: Path, key: str, device, dtype) -> torch.Tensor:
     """One tensor. The file is opened anew each time: pages of an open memory map count as this process's memory."""
     with opened(path) as f:
-        return f.get_tensor(key).clone()
+        tensor = f.get_tensor(key)
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; quantised checkpoints are not supported")
+        return tensor.to(device=device, dtype=dtype, copy=True)
 
 
 @contextlib.contextmanager
@@ -262,7 +272,7 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
     2 n_layer such writes keeps its size; norm weights 1, biases 0.
     """
     config, model_class, _ = read_config(find(str(name)))
-    with torch.device("meta"):
+    with torch.device("meta"), NoInit():
         model = model_class(config)
     rng = torch.Generator().manual_seed(seed)
     for n, p in list(model.named_parameters()):

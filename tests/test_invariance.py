@@ -21,6 +21,7 @@ from runs import no_picture, run, steps, timeless
 
 import loss
 import train
+from optim import AdamW
 
 REFERENCE = Path(__file__).parent / "reference" / "trajectories.json"
 MAX, MEAN = 1e-5, 2e-6
@@ -124,7 +125,7 @@ def test_a_resumed_run_follows_bit_for_bit_and_draws_the_same_dropout(case, monk
 
 def interrupt(monkeypatch, case, at: int, **options):
     """Train until optimizer step `at`, which dies before it changes a weight."""
-    adamw, n = torch.optim.AdamW.step, 0
+    adamw, n = AdamW.step, 0
 
     def step(self, *args, **kwargs):
         nonlocal n
@@ -134,7 +135,7 @@ def interrupt(monkeypatch, case, at: int, **options):
         return adamw(self, *args, **kwargs)
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(torch.optim.AdamW, "step", step)
+        m.setattr(AdamW, "step", step)
         case.run(**options)
 
 

@@ -23,6 +23,7 @@ import lora
 import loss
 import train
 import weights
+from optim import AdamW
 from train import TrainConfig
 from weights import UserError
 
@@ -215,13 +216,13 @@ def test_learning_rate_of_each_schedule():
 
 def test_the_schedule_counts_optimizer_steps(go, monkeypatch):
     """[4] 6 steps of 4 micro-batches: AdamW is called 6 times, with the 6 learning rates of the schedule."""
-    used, adamw = [], torch.optim.AdamW.step
+    used, adamw = [], AdamW.step
 
     def spy(self, *args, **kwargs):
         used.append([g["lr"] for g in self.param_groups])
         return adamw(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(AdamW, "step", spy)
     got = go(steps=6, batch_size=2, grad_accum=4, lr=1e-2, warmup_steps=2, schedule="linear")
     wanted = [0.5e-2, 1e-2, 1e-2, 0.75e-2, 0.5e-2, 0.25e-2]
     assert [x["lr"] for x in got] == pytest.approx(wanted)
@@ -275,7 +276,7 @@ def test_float16_skips_a_step_that_overflows_and_resumes_there(go, shared, float
     assert 1 <= n < 10 and skipped == [True] * n + [False] * (12 - n)
     assert all(math.isfinite(x["loss"]) for x in got) and steps(tmp_path / "run")[-1]["loss"] < got[0]["loss"]
 
-    adamw, calls = torch.optim.AdamW.step, []
+    adamw, calls = AdamW.step, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
@@ -284,7 +285,7 @@ def test_float16_skips_a_step_that_overflows_and_resumes_there(go, shared, float
         return adamw(self, *args, **kwargs)
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(torch.optim.AdamW, "step", interrupted)
+        m.setattr(AdamW, "step", interrupted)
         go(name="again", steps=12, amp=True, save_every=1, lr=1e-2)
     train.main(TrainConfig(out=str(tmp_path / "again"), resume=True))
     assert repr(timeless(steps(tmp_path / "again"))) == repr(timeless(got))  # repr: nan is not equal to nan
@@ -326,7 +327,7 @@ def test_a_run_that_diverges_stops_and_names_the_learning_rate(family, more, go,
 
 def stop_in_step(monkeypatch, n: int, how):
     """Call how() inside optimizer step n of the runs under the returned context."""
-    adamw, calls = torch.optim.AdamW.step, []
+    adamw, calls = AdamW.step, []
 
     def step(self, *args, **kwargs):
         calls.append(1)
@@ -335,7 +336,7 @@ def stop_in_step(monkeypatch, n: int, how):
         return adamw(self, *args, **kwargs)
 
     context = monkeypatch.context()
-    context.__enter__().setattr(torch.optim.AdamW, "step", step)
+    context.__enter__().setattr(AdamW, "step", step)
     return context
 
 
@@ -460,7 +461,7 @@ def test_ctrl_c_in_a_terminal(shared, tmp_path):
 # Imports once, then trains in a child for each line of arguments: a fresh interpreter each time would take seconds to start.
 SERVER = """
 import json, os, sys
-import train, torch._dynamo  # (which the optimizer would import in every child)
+import train
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
