@@ -347,15 +347,26 @@ class Batch:
         return self
 
 
-def collate(examples: list[Example], pack: bool = False) -> Batch:
-    """Examples -> one rectangle: padded on the right to the longest, or (pack) laid end to end in a single row."""
+MULTIPLE = 8
+
+
+def collate(examples: list[Example], pack: bool = False, limit: int | None = None) -> Batch:
+    """Examples -> one rectangle: padded on the right to the longest, or (pack) laid end to end in a single row.
+
+    T is rounded up to a multiple of 8 (not beyond `limit`, the model's positions): for each new shape the CPU's matrix
+    library compiles kernels and keeps them. SmolLM2-135M, 20 steps: 845 MB resident; every length as it comes: 1,020.
+    """
     lengths = [len(e.ids) for e in examples]
     if pack:
-        batch = Batch(torch.tensor([[i for e in examples for i in e.ids]]),
-                      torch.tensor([[t for e in examples for t in e.targets]]))
-        batch.positions, batch.segments = torch.cat([torch.arange(n) for n in lengths])[None], lengths
+        rest = -sum(lengths) % MULTIPLE  # padding, as one more segment that nothing else attends to
+        segments = lengths + [rest] * (rest > 0)
+        batch = Batch(torch.tensor([[i for e in examples for i in e.ids] + [0] * rest]),
+                      torch.tensor([[t for e in examples for t in e.targets] + [IGNORE] * rest]))
+        batch.positions, batch.segments = torch.cat([torch.arange(n) for n in segments])[None], segments
     else:
-        T = max(lengths)  # the id of padding is never looked at: 0 exists in every vocabulary
+        longest = max(lengths)
+        T = min(longest + -longest % MULTIPLE, max(longest, limit or longest))
+        # The id of padding is never looked at: 0 exists in every vocabulary.
         batch = Batch(torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in examples]),
                       torch.tensor([e.targets + [IGNORE] * (T - len(e.ids)) for e in examples]))
     batch.n_examples, batch.n_tokens = len(examples), sum(lengths)

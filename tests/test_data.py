@@ -305,9 +305,12 @@ def test_a_template_without_end_token_gets_one(nano):
 
 def test_load_template(tmp_path, nano, tokenizers_by_name):
     _, chatml = tokenizers_by_name["chatml"]
-    assert data.load_template("auto", nano) == data.load_template("alpaca", nano) == data.ALPACA
+    byte_level(tmp_path / "plain")
+    plain = data.load_tokenizer(str(tmp_path / "plain"))
+    assert data.load_template("auto", plain) == data.load_template("alpaca", nano) == data.ALPACA
+    assert data.load_template("auto", nano) == data.load_template("chat", nano) != data.ALPACA
     with pytest.raises(UserError, match="has no chat template"):
-        data.load_template("chat", nano)
+        data.load_template("chat", plain)
     with pytest.raises(UserError, match="neither auto, chat, alpaca nor a readable file"):
         data.load_template("chatlm", nano)
     assert data.load_template(str(write(tmp_path / "t.jinja", "x")), nano) == "x"
@@ -538,23 +541,27 @@ EXAMPLES = [data.Example([1, 2, 3], [IGNORE, 3, 9]), data.Example([4], [9]),
 
 
 def test_collate_padded():
-    b = data.collate(EXAMPLES)
+    b = data.collate(EXAMPLES, limit=5)
     assert b.ids.tolist() == [[1, 2, 3, 0, 0], [4, 0, 0, 0, 0], [5, 6, 7, 8, 9]]
     assert b.targets.tolist() == [[IGNORE, 3, 9, IGNORE, IGNORE], [9, *[IGNORE] * 4], [*[IGNORE] * 3, 9, 9]]
     assert b.positions is None and b.segments is None
     assert (b.n_examples, b.n_tokens, b.n_labels) == (3, 9, 5)
     assert b.ids.dtype == b.targets.dtype == torch.int64
+    for limit, T in ((8, 8), (100, 8), (7, 7), (None, 5)):  # up to a multiple of 8, but not beyond the model's positions
+        b = data.collate(EXAMPLES, limit=limit)
+        assert b.ids.shape == b.targets.shape == (3, T)
+        assert (b.targets[:, 5:] == IGNORE).all() and (b.n_tokens, b.n_labels) == (9, 5)
 
 
 def test_collate_packed():
-    b = data.collate(EXAMPLES, pack=True)
-    assert b.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
-    assert b.targets.tolist() == [[IGNORE, 3, 9, 9, IGNORE, IGNORE, IGNORE, 9, 9]]
-    assert b.positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4]] and b.segments == [3, 1, 5]
+    b = data.collate(EXAMPLES, pack=True)  # 9 positions, and a segment of padding up to a multiple of 8
+    assert b.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, *[0] * 7]]
+    assert b.targets.tolist() == [[IGNORE, 3, 9, 9, IGNORE, IGNORE, IGNORE, 9, 9, *[IGNORE] * 7]]
+    assert b.positions.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4, *range(7)]] and b.segments == [3, 1, 5, 7]
     padded = data.collate(EXAMPLES)
     assert (b.n_examples, b.n_tokens, b.n_labels) == (padded.n_examples, padded.n_tokens, padded.n_labels)
     moved = b.to("cpu")
-    assert moved.positions.shape == moved.ids.shape == (1, 9)
+    assert moved.positions.shape == moved.ids.shape == (1, 16)
 
 
 # ---------------------------------------------------------------------------------------------- show
