@@ -17,15 +17,29 @@ def attend(q, k, v, segments: list[int] | None = None):
     on the right, where no real token looks. segments: the lengths of the examples in a packed row (B = 1); attention
     runs example by example, so its work is sum(t^2) instead of (sum t)^2 and nothing crosses a border.
     """
-    dtype, gqa = q.dtype, q.shape[1] != k.shape[1]
-    if q.device.type == "cpu" and dtype != torch.float32 and q.requires_grad:
-        # PyTorch's CPU backward multiplies 16-bit tiles without the matrix unit: at T = 72 it takes 3 times as long as
-        # in float32, which costs 2 more bytes for each number of q, k, v and y.
-        q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast(q.device.type, enabled=False):  # the types are settled
+    if q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad:
+        return Float32Backward.apply(q, k, v, segments)
+    with torch.autocast(q.device.type, enabled=False):  # q, k and v have the type they are to be multiplied in
+        gqa = q.shape[1] != k.shape[1]
         if segments is None:
-            y = scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=gqa)
-        else:
-            pieces = zip(q.split(segments, 2), k.split(segments, 2), v.split(segments, 2), strict=True)
-            y = torch.cat([scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa) for qkv in pieces], 2)
-    return y.to(dtype)
+            return scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=gqa)
+        pieces = zip(q.split(segments, 2), k.split(segments, 2), v.split(segments, 2), strict=True)
+        return torch.cat([scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa) for qkv in pieces], 2)
+
+
+class Float32Backward(torch.autograd.Function):
+    """PyTorch's CPU backward multiplies 16-bit tiles without the matrix unit: at T = 72 it takes 3 times as long as in
+    float32. So backward runs in float32, from the 16-bit q, k and v: forward keeps nothing else, not even y."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, segments):
+        ctx.save_for_backward(q, k, v)
+        ctx.segments = segments
+        return attend(q.detach(), k, v, segments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        qkv = [x.float().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():  # d (y . grad) / d qkv; the other spelling, grad(y, qkv, grad), imports sympy: 40 MB
+            product = (attend(*qkv, ctx.segments) * grad).sum()
+        return *[g.to(grad.dtype) for g in torch.autograd.grad(product, qkv)], None
