@@ -88,9 +88,10 @@ def read_rope_scaling(rope: dict) -> dict | None:
 
 
 def rope_tables(config: Config, positions):
-    """cos and sin (..., T, 1, D/2) of position * theta^(-2i/D) (RoFormer, arXiv:2104.09864, eq. 15), in float32.
+    """(cos, cos) and (-sin, sin), each (..., T, 1, D), of position * theta^(-2i/D), i < D/2 (RoFormer, arXiv:2104.09864,
+    eq. 15), in float32.
 
-    Made anew for each forward (T * D/2 numbers; they serve every layer) rather than kept as a buffer, so that no
+    Made anew for each forward (T * D numbers; they serve every layer) rather than kept as a buffer, so that no
     `.to(bfloat16)` reaches them: bfloat16 has 8 bits of mantissa, and at position 4001 would round the angle by up to 8.
     """
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
@@ -104,7 +105,8 @@ def rope_tables(config: Config, positions):
             freq = keep * freq + (1 - keep) * freq / s["factor"]
     with torch.autocast(positions.device.type, enabled=False):
         angle = positions.float()[..., None, None] * freq  # (..., T, 1, D/2)
-        return angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 class Rope(torch.autograd.Function):
@@ -126,8 +128,9 @@ class Rope(torch.autograd.Function):
 
 
 def turn(x, cos, sin):
-    a, b = x.float().chunk(2, dim=-1)  # the angles' arithmetic in float32
-    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1).to(x.dtype)
+    """(a, b) -> (a cos - b sin, b cos + a sin), in float32. sin comes as (-sin, sin); roll makes (b, a)."""
+    x32 = x.float()
+    return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -139,20 +142,21 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        r = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1] + eps)
+        x32 = x.to(torch.float32, copy=True)
+        r = torch.rsqrt(torch.linalg.vecdot(x32, x32)[..., None] / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, r)
-        return (x * r).to(x.dtype).mul_(weight) if weight.dtype == x.dtype else (x * r * weight).to(x.dtype)
+        return x32.mul_(r).to(torch.promote_types(x.dtype, weight.dtype)).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, r = ctx.saved_tensors
-        g = grad.float() * weight
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            mean = (g * x).mean(-1, keepdim=True)
-            dx = torch.addcmul(g * r, x, mean * r.pow(3), value=-1).to(x.dtype)
+        x32, dx, dw = x.float(), None, None
         if ctx.needs_input_grad[1]:
-            dw = (grad * x * r).flatten(0, -2).sum(0).to(weight.dtype)
+            dw = (grad * x32 * r).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            g = grad.to(torch.float32, copy=True).mul_(weight)
+            mean = torch.linalg.vecdot(g, x32)[..., None] / x.shape[-1]
+            dx = g.mul_(r).addcmul_(x32, mean * r.pow(3), value=-1).to(x.dtype)
         return dx, dw, None
 
 
