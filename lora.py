@@ -63,7 +63,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         h = self.base_layer(x)  # (..., out)
         z = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., R)
-        return h + F.linear(z * self.scale, self.B().to(x.dtype))
+        B = self.B().t().to(z.dtype)
+        return torch.addmm(h.flatten(0, -2), z.flatten(0, -2), B, alpha=self.scale).view_as(h)  # h + scale z B^T
 
     def delta(self):
         """(alpha / r) B A, laid out like the base weight."""
