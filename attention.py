@@ -40,6 +40,6 @@ class Float32Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         qkv = [x.float().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():  # d (y . grad) / d qkv; the other spelling, grad(y, qkv, grad), imports sympy: 40 MB
+        with torch.enable_grad():  # d (y . grad) / d qkv; the other spelling, grad(y, qkv, grad), imports sympy
             product = (attend(*qkv, ctx.segments) * grad).sum()
         return *[g.to(grad.dtype) for g in torch.autograd.grad(product, qkv)], None
