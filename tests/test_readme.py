@@ -33,4 +33,4 @@ def test_links_lead_somewhere(link):
 def test_short_names_exist():
     sentence = re.search(r"takes a short name \(([^)]*)\)", README)[1]
     assert set(re.findall(r"`([^`]+)`", sentence)) <= set(weights.SHORT_NAMES)
-    assert {m for m in re.findall(r"--model ([\w.-]+)", README) if "/" not in m} <= set(weights.SHORT_NAMES)
+    assert set(re.findall(r"--model ([a-z][\w.-]+)", README)) <= set(weights.SHORT_NAMES)
