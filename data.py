@@ -353,8 +353,8 @@ MULTIPLE = 8
 def collate(examples: list[Example], pack: bool = False, limit: int | None = None) -> Batch:
     """Examples -> one rectangle: padded on the right to the longest, or (pack) laid end to end in a single row.
 
-    T is rounded up to a multiple of 8 (not beyond `limit`, the model's positions): for each new shape the CPU's matrix
-    library compiles kernels and keeps them. SmolLM2-135M, 20 steps: 879 MB resident; every length as it comes: 1,005.
+    With a limit, T is rounded up to a multiple of 8, not beyond it: for each new shape the CPU's matrix library compiles
+    kernels and keeps them. SmolLM2-135M, 20 steps: 879 MB resident; every length as it comes: 1,005.
     """
     lengths = [len(e.ids) for e in examples]
     if pack:
@@ -365,7 +365,7 @@ def collate(examples: list[Example], pack: bool = False, limit: int | None = Non
         batch.positions, batch.segments = torch.cat([torch.arange(n) for n in segments])[None], segments
     else:
         longest = max(lengths)
-        T = min(longest + -longest % MULTIPLE, max(longest, limit or longest))
+        T = longest if limit is None else min(longest + -longest % MULTIPLE, limit)
         # The id of padding is never looked at: 0 exists in every vocabulary.
         batch = Batch(torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in examples]),
                       torch.tensor([e.targets + [IGNORE] * (T - len(e.ids)) for e in examples]))

@@ -68,7 +68,7 @@ def sum_loss(hidden, head, labels, chunk: int | None = None):
     """
     labels, weight, bias, device = labels.reshape(-1), head.weight, head.bias, hidden.device.type
     labelled = (labels != IGNORE).nonzero().squeeze(1)  # (N,)
-    rest = -len(labelled) % 16  # to a multiple of the matrix units' tile, as in data.collate
+    rest = -len(labelled) % 16  # matrix units work in tiles of 16 rows; fewer shapes, too (data.collate)
     h = F.pad(hidden.flatten(0, -2)[labelled], (0, 0, 0, rest))  # (N, C)
     y = F.pad(labels[labelled], (0, rest), value=IGNORE)
     h = h.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)

@@ -547,7 +547,7 @@ def test_collate_padded():
     assert b.positions is None and b.segments is None
     assert (b.n_examples, b.n_tokens, b.n_labels) == (3, 9, 5)
     assert b.ids.dtype == b.targets.dtype == torch.int64
-    for limit, T in ((8, 8), (100, 8), (7, 7), (None, 5)):  # up to a multiple of 8, but not beyond the model's positions
+    for limit, T in ((8, 8), (100, 8), (7, 7), (None, 5)):  # up to a multiple of 8, but not beyond the limit
         b = data.collate(EXAMPLES, limit=limit)
         assert b.ids.shape == b.targets.shape == (3, T)
         assert (b.targets[:, 5:] == IGNORE).all() and (b.n_tokens, b.n_labels) == (9, 5)
