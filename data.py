@@ -353,8 +353,9 @@ MULTIPLE = 8
 def collate(examples: list[Example], pack: bool = False, limit: int | None = None) -> Batch:
     """Examples -> one rectangle: padded on the right to the longest, or (pack) laid end to end in a single row.
 
-    With a limit, T is rounded up to a multiple of 8, not beyond it: for each new shape the CPU's matrix library compiles
-    kernels and keeps them. SmolLM2-135M, 20 steps: 879 MB resident; every length as it comes: 1,005.
+    A packed row, and T where there is a limit, are rounded up to a multiple of 8 (T not beyond the limit): for each new
+    shape the CPU's matrix library compiles kernels and keeps them. SmolLM2-135M, 20 steps: 879 MB resident; every length
+    as it comes: 1,005.
     """
     lengths = [len(e.ids) for e in examples]
     if pack:

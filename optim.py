@@ -8,13 +8,12 @@ m and v are two float32 numbers beside every trained parameter: 8 bytes. With th
 trained parameter costs 16 bytes, a frozen one 2. LLaMA-7B: 6.74e9 * 16 = 108 GB in full; LoRA with r = 16 on Q and V
 trains 8.4M of them: 134 MB.
 
-torch.optim.AdamW computes the same, number for number. Making one imports PyTorch's compiler, though: 72 MB, 2 seconds.
+Making a torch.optim optimizer imports PyTorch's compiler, 72 MB and 2 seconds; this is torch.optim.AdamW(fused=True)
+without it.
 """
 from collections import defaultdict
 
 import torch
-
-SLICE = 2**20  # numbers at a time: the temporary square root then takes 4 MB, and all of it stays in the CPU's cache
 
 
 class AdamW:
@@ -31,22 +30,20 @@ class AdamW:
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    if not self.state[p]:
-                        self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                                         "exp_avg_sq": torch.zeros_like(p)}
-                    self.update(p, **self.state[p], **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})
-
-    def update(self, p, step, exp_avg, exp_avg_sq, lr, betas, eps, weight_decay):
-        step += 1
-        t, (b1, b2) = step.item(), betas
-        flat = (x.reshape(-1).split(SLICE) for x in (p, p.grad, exp_avg, exp_avg_sq))
-        for w, g, m, v in zip(*flat, strict=True):
-            w.mul_(1 - lr * weight_decay)
-            m.lerp_(g, 1 - b1)
-            v.mul_(b2).addcmul_(g, g, value=1 - b2)
-            w.addcdiv_(m, v.sqrt().div_((1 - b2**t) ** 0.5).add_(eps), value=-lr / (1 - b1**t))
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"step": torch.zeros((), device=p.device),
+                                     "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            t, m, v = ([self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq"))
+            torch._foreach_add_(t, 1)
+            # The formulas above in one kernel, which reads and writes each number once and needs no temporary. As
+            # separate operations, GPT-2 in full takes 371 ms instead of 107, SmolLM2's adapters 16 instead of 2.5.
+            torch._fused_adamw_(params, [p.grad for p in params], m, v, [], t, lr=group["lr"], beta1=group["betas"][0],
+                                beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+                                amsgrad=False, maximize=False)
 
     def zero_grad(self):
         for group in self.param_groups:

@@ -430,7 +430,7 @@ class Run:
                     p.copy_(f.get_tensor(f"param/{n}"))
                     for key in ("step", "exp_avg", "exp_avg_sq"):
                         if (name := f"optimizer/{key}/{n}") in names:  # (not if every step so far was skipped)
-                            self.optimizer.state[p][key] = f.get_tensor(name).to("cpu" if key == "step" else p.device)
+                            self.optimizer.state[p][key] = f.get_tensor(name).to(p.device)
             torch.set_rng_state(f.get_tensor("rng/cpu"))
             if "rng/cuda" in names and torch.device(self.cfg.device).type == "cuda":
                 torch.cuda.set_rng_state(f.get_tensor("rng/cuda"), self.cfg.device)
