@@ -27,8 +27,9 @@ def count(model) -> dict:
     """
     params = list(model.parameters())  # a shared (tied) parameter appears once
     total, trainable = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
+    total += sum(m.n_weights - m.weight.numel() for m in model.modules() if hasattr(m, "n_weights"))  # 4-bit: two a byte
     return {"total": total, "trainable": trainable, "percent": 100 * trainable / total,
-            "bytes": sum(p.numel() * p.element_size() for p in params)}
+            "bytes": sum(t.nbytes for t in (*params, *model.buffers()))}
 
 
 class Ledger(TorchDispatchMode):
@@ -63,6 +64,8 @@ class Ledger(TorchDispatchMode):
                 if p.grad is not None:
                     self.follow(p.grad, "gradients")
                 self.hooks.append(p.register_post_accumulate_grad_hook(lambda p: self.follow(p.grad, "gradients")))
+        for scale in self.model.buffers():
+            self.follow(scale, "weights")
         for state in self.optimizer.state.values() if self.optimizer else ():
             for t in state.values():
                 if isinstance(t, torch.Tensor):

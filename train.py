@@ -46,8 +46,8 @@ class TrainConfig:
     """Every option there is; the command line is generated from these lines. None means: decided in resolve()."""
 
     model: str = option("gpt2-nano", "model", "short name (gpt2, llama-3.2-1b, smollm2-135m, ...), org/name or folder")
-    bits: int = option(None, "model", "how frozen weights are held: 32 or 16 (default: 16 with --amp, else 32)",
-                       choices=(32, 16), type=int)
+    bits: int = option(None, "model", "how frozen weights are held (default: as stored if in 8 or 4; --amp: 16; else 32)",
+                       choices=(32, 16, 8, 4), type=int)
     device: str = option(None, "model", "cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)", type=str)
     seed: int = option(0, "model", "of the adapters, the order of the data, dropout")
     compile: bool = option(False, "model", "torch.compile every block; needs a C++ compiler, takes a minute to start")
@@ -106,8 +106,9 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora"):
             if getattr(cfg, name) != getattr(default, name):
                 raise UserError(f"--{name.replace('_', '-')} has no effect with --full, which trains the weights themselves")
-        if cfg.bits == 16:
-            raise UserError("--bits 16 with --full: trained weights are always float32 (small updates vanish in 16 bit)")
+        if cfg.bits in (16, 8, 4):
+            raise UserError(f"--bits {cfg.bits} with --full: trained weights are always float32 (small updates vanish in "
+                            f"fewer bits); adapters, without --full, can be trained on weights of {cfg.bits} bits")
     elif cfg.from_scratch:
         raise UserError("--from-scratch needs --full: adapters on frozen random weights learn nothing")
     if cfg.val_data and cfg.val_frac != default.val_frac:
@@ -122,10 +123,17 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         # 4M parameters know little that Q and V alone could steer, and default_lr fits larger models: see LOG.md.
         cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
     cfg.device = weights.usable_device(cfg.device)
-    cfg.bits = cfg.bits or (16 if cfg.amp and not cfg.full else 32)
-    if cfg.bits == 16 and not cfg.amp:
-        raise UserError("--bits 16 needs --amp: 16-bit weights are multiplied in 16 bit")
     return cfg
+
+
+def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
+    """How the frozen weights are held. stored: 8 or 4 for a checkpoint that is quantised already."""
+    if stored and cfg.full:
+        raise UserError(f"--full: {cfg.model} is stored in {stored} bit; only adapters can be trained on it")
+    bits = cfg.bits or stored or (16 if cfg.amp and not cfg.full else 32)
+    if bits < 32 and not cfg.amp:
+        raise UserError(f"--bits {bits} needs --amp: such weights are multiplied in 16 bit")
+    return bits
 
 
 def learning_rate(step: int, cfg: TrainConfig, total: int) -> float:
@@ -184,6 +192,7 @@ def main(cfg: TrainConfig) -> dict:
     cfg = resolve(cfg)
     folder = weights.find(cfg.model)
     model_config, _, raw_config = weights.read_config(folder)
+    cfg.bits = resolve_bits(cfg, weights.stored_bits(folder))
     cfg.max_length = cfg.max_length or min(512, model_config.n_positions)
     if cfg.max_length > model_config.n_positions:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has {model_config.n_positions} positions")

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 import gpt2
 import llama
+import quant
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama)}  # by config.json's model_type
@@ -140,7 +141,7 @@ def read_config(folder: Path):
         raise UserError(f"{path}: model_type {kind!r} is not supported (only {', '.join(FAMILIES)})")
     config_class, model_class = FAMILIES[kind]
     try:
-        return config_class.from_json(raw), model_class, raw
+        return config_class.from_json({k: v for k, v in raw.items() if k != "quantization_config"}), model_class, raw
     except KeyError as e:
         raise UserError(f"{path}: key {e} is missing") from None
     except (ValueError, TypeError, ZeroDivisionError) as e:  # of these the last two are values that make no sense
@@ -192,38 +193,75 @@ class NoInit(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
-def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
-    """A model with its pretrained weights. name: short name, org/name or folder. bits: 32 (float32) or 16.
+def stored_bits(folder: Path) -> int | None:
+    """8 or 4 for a checkpoint that transformers wrote with bitsandbytes, None for a plain one. Others raise UserError."""
+    path = Path(folder) / "config.json"
+    if not (q := read_json(path).get("quantization_config")):
+        return None
+    kind = str(q.get("quant_method", "bitsandbytes"))  # older files do not say
+    if kind == "bitsandbytes" and q.get("load_in_8bit"):
+        return 8
+    if kind == "bitsandbytes":
+        kind = q.get("bnb_4bit_quant_type", "fp4")
+        if kind == "nf4" and q.get("bnb_4bit_quant_storage", "uint8") == "uint8":
+            return 4
+        kind += f" stored as {q.get('bnb_4bit_quant_storage', 'uint8')}"
+    raise UserError(f"{path}: the weights are quantised ({kind}); of such checkpoints only bitsandbytes' nf4 and int8 are "
+                    f"supported. Take the 16-bit one and quantise it with --bits 4")
 
+
+def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
+    """A model with its pretrained weights. name: short name, org/name or folder.
+
+    bits: 32 (float32), 16, or 8 or 4 for the linear layers' weights, the rest in 16. Each tensor is quantised, as the file
+    has it, when it arrives: nothing ever holds the model in 16 bit, nor does a GPU ever see a 16-bit layer.
     Raises UserError, naming the file and the tensor, for anything that is not exactly this model's set of weights.
     """
-    if bits not in (16, 32):
-        raise UserError(f"--bits {bits}: only 32 and 16")
+    if bits not in (32, 16, 8, 4):
+        raise UserError(f"--bits {bits}: only 32, 16, 8 and 4")
     folder = find(str(name))
     config, model_class, _ = read_config(folder)
+    stored = stored_bits(folder)
+    if stored not in (None, bits):
+        raise UserError(f"--bits {bits}: the weights in {folder} are stored in {stored} bit, load them with --bits {stored}")
     with torch.device("meta"), NoInit():
         model = model_class(config)  # shapes, no storage
     dtype = torch.float32 if bits == 32 else half_dtype(device)
     expected = {n: p.shape for n, p in model.named_parameters()}  # a tied head is listed once, as the embedding
+    low_bit = {f"{n}.weight" for n, m in model.named_modules() if hasattr(m, "in_features") and n != "lm_head"}
+    files = {key: path for path in weight_files(folder) for key in tensor_names(path)}
     seen = set()
     head = None
-    for path in weight_files(folder):
-        for key in tensor_names(path):
-            if key.endswith(NOT_WEIGHTS):
-                continue
-            n = key.removeprefix(model.prefix)
-            tied_head = n == "lm_head.weight" and config.tied_head
-            if n not in expected and not tied_head:
-                raise UserError(f"{path}: unexpected tensor {key}, which {folder / 'config.json'} has no place for")
-            tensor = read_tensor(path, key, device, dtype)
-            shape = model.lm_head.weight.shape if tied_head else expected[n]
-            if tensor.shape != shape:
-                raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-            if tied_head:  # some files store the tied matrix twice; it must be the same one
-                head = tensor
-                continue
-            set_parameter(model, n, tensor)
-            seen.add(n)
+    for key, path in files.items():
+        if key.endswith(NOT_WEIGHTS) or stored and quant.belongs_to(key) in files:
+            continue
+        n = key.removeprefix(model.prefix)
+        tied_head = n == "lm_head.weight" and config.tied_head
+        if n not in expected and not tied_head:
+            raise UserError(f"{path}: unexpected tensor {key}, which {folder / 'config.json'} has no place for")
+        tensor, shape = read_tensor(path, key), model.lm_head.weight.shape if tied_head else expected[n]
+        coded = stored and n in low_bit and not tensor.is_floating_point()
+        if not coded and tensor.shape != shape:
+            raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+        if not coded and not tensor.is_floating_point():
+            raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; quantised how? config.json does not say")
+        if tied_head:  # some files store the tied matrix twice; it must be the same one
+            head = tensor.to(device, dtype)
+        elif coded or bits < 16 and not stored and n in low_bit:
+            owner, _, leaf = n.removesuffix(".weight").rpartition(".")
+            like = model.get_submodule(owner).get_submodule(leaf)
+            try:
+                if coded:
+                    parts = {k: read_tensor(f, k) for k, f in files.items() if quant.belongs_to(k) == key}
+                    layer = quant.from_checkpoint(like, tensor, {k.rpartition(".")[2]: t for k, t in parts.items()})
+                else:
+                    layer = quant.quantize(like, tensor, bits)
+            except ValueError as e:
+                raise UserError(f"{path}: tensor {key}: {e}") from None
+            setattr(model.get_submodule(owner), leaf, layer.to(device))
+        else:
+            set_parameter(model, n, tensor.to(device, dtype))
+        seen.add(n)
     if missing := [n for n in expected if n not in seen]:
         raise UserError(f"{folder}: tensor {missing[0]} of shape {list(expected[missing[0]])} is missing"
                         + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
@@ -240,13 +278,10 @@ def tensor_names(path: Path) -> list[str]:
         return list(f.keys())
 
 
-def read_tensor(path: Path, key: str, device, dtype) -> torch.Tensor:
+def read_tensor(path: Path, key: str) -> torch.Tensor:
     """One tensor. The file is opened anew each time: pages of an open memory map count as this process's memory."""
     with opened(path) as f:
-        tensor = f.get_tensor(key)
-        if not tensor.is_floating_point():
-            raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; quantised checkpoints are not supported")
-        return tensor.to(device=device, dtype=dtype, copy=True)
+        return f.get_tensor(key).clone()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,293 @@
+"""Frozen weights in 8 and in 4 bits: what lets a model be trained, through LoRA, where it would not even fit.
+
+A frozen weight is only read. It may be stored coarsely, if every product sees it as a 16-bit number again:
+
+int8    One scale a row, its largest magnitude s (LLM.int8(), arXiv:2208.07339, section 2.1):
+
+            code = round(127 w / s), from -127 to 127            w ~ s code / 127
+
+        1 byte a weight and 4 bytes a row. LLaMA-7B has 6.48e9 weights in its layers: 6.48 GB, 12.95 in 16 bit.
+
+NF4     Blocks of 64 weights. A block is divided by its largest magnitude, the "absmax", and each weight becomes the nearest
+        of 16 levels (QLoRA, arXiv:2305.14314, section 3). The levels are quantiles of a normal distribution: weights are
+        distributed so, and then every level is used equally often. Two codes a byte.
+
+            4 bits + 32 / 64 for a float32 absmax = 4.5 bits a weight. "Double quantisation" writes the absmax, less their
+            mean, in an 8-bit code with a scale for 256 of them:      4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits
+
+        LLaMA-7B: 3.34 GB. On randn(1024, 1024) the mean error is 0.0728.
+
+Embeddings, norms, biases and the head stay in 16 bit. Codes and scales are bitsandbytes' own, bit for bit, so a checkpoint
+that transformers wrote with it (the hub's *-bnb-4bit) loads as it is.
+
+Nothing dequantised is kept. Backward needs W once more, for dx = dy W, and dequantises again: a step holds one layer in 16
+bit at a time (LLaMA-7B: at most 90 MB), where autograd would keep every layer, the 13 GB that were to be saved.
+"""
+import json
+import re
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+BLOCK = 64  # weights to an absmax
+NESTED = 256  # absmax to a scale
+CHUNK = 2**20  # weights at a time: the temporaries of quantising and dequantising take some 10 MB, however large the layer
+
+# arXiv:2305.14314, appendix E
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
+
+
+def midpoints(code: torch.Tensor) -> torch.Tensor:
+    """The borders between neighbours of a sorted code: what lies between two of them is nearest to the code there."""
+    return (code[1:] + code[:-1]) / 2
+
+
+def dynamic_code(signed: bool = True) -> torch.Tensor:
+    """The 256 values of the "dynamic tree" code, sorted (8-bit Optimizers, arXiv:2110.02861, section 1.3).
+
+    In each of seven decades from 1e-7 to 1, the middles of 2^i equal parts, i = 0...6, of both signs (unsigned: of 2^(i + 1)
+    parts); 0; 1. A small number keeps its magnitude, a large one two digits; even steps would make 0 of all below 0.004.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        middles = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += middles.tolist() + ((-middles).tolist() if signed else [])
+    return torch.tensor(sorted(values + [0.0] * (256 - len(values))))
+
+
+DYNAMIC = dynamic_code()
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+def quantize_int8(w: torch.Tensor):
+    """w (out, in) -> codes (out, in) int8, scale (out,) float32, the largest magnitude of each row."""
+    codes, scale = torch.empty(w.shape, dtype=torch.int8), torch.empty(len(w))
+    rows = max(1, CHUNK // w.shape[1])
+    for x, c, s in zip(w.split(rows), codes.split(rows), scale.split(rows)):
+        s.copy_(x.abs().amax(1))
+        c.copy_((x * (127.0 / s.clamp(min=1e-38))[:, None]).round_())  # a row of zeros stays one
+    return codes, scale
+
+
+def quantize_nf4(w: torch.Tensor):
+    """w (any shape, its size divisible by 64) -> packed (n / 2, 1) uint8, absmax (n / 64,) float32.
+
+    Of a byte the upper four bits are the earlier weight's code.
+    """
+    flat, levels = w.reshape(-1), midpoints(NF4)
+    packed, absmax = torch.empty(len(flat) // 2, dtype=torch.uint8), torch.empty(len(flat) // BLOCK)
+    for i in range(0, len(flat), CHUNK):
+        x = flat[i:i + CHUNK].to(torch.float32, copy=True).view(-1, BLOCK)
+        m = absmax[i // BLOCK:i // BLOCK + len(x)].copy_(x.abs().amax(1))
+        x *= (1 / m.clamp(min=1e-38))[:, None]
+        codes = torch.bucketize(x.clamp_(-1, 1), levels, out_int32=True).byte().view(-1)
+        packed[i // 2:(i + len(codes)) // 2] = codes[::2] << 4 | codes[1::2]
+    return packed[:, None], absmax
+
+
+def quantize_absmax(absmax: torch.Tensor):
+    """absmax (n,) float32 -> codes (n,) uint8, nested_absmax (n / 256 rounded up,), offset (): "double quantisation".
+
+    bitsandbytes on a CPU, where checkpoints like ours are written and compared, finds the nearest code by a table over
+    65,536 even steps. So this does: 0.2 % of the codes are not the nearest, by 1e-5 of the scale.
+    """
+    offset = absmax.mean()
+    x = F.pad(absmax - offset, (0, -len(absmax) % NESTED)).view(-1, NESTED)
+    nested = x.abs().amax(1)
+    step = ((x * (1 / nested.clamp(min=1e-38))[:, None]).clamp_(-1, 1) + 1) * 0.5 * 65535 + 0.5
+    codes = torch.bucketize(-1 + 2 * step.floor() / 65535, midpoints(DYNAMIC)).byte()
+    codes[nested == 0] = 0
+    return codes.view(-1)[:len(absmax)].clone(), nested, offset
+
+
+def dequantize_nf4(packed, absmax, shape, dtype) -> torch.Tensor:
+    """The inverse: packed (n / 2, 1), absmax (n / 64,) float32 -> `shape`, in `dtype`. level * absmax, rounded once."""
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    flat, table = out.view(-1), table_of_four(packed.device)
+    for i in range(0, len(flat), CHUNK):
+        # A lookup moves 16 bytes, the levels of four weights. PyTorch's gather is parallel over rows, so there are two.
+        index = packed.view(-1)[i // 2:(i + CHUNK) // 2].view(torch.uint16).long().view(2, -1)  # four codes each
+        levels = table.expand(2, -1).gather(1, index).view(torch.float32).view(-1, BLOCK)
+        levels *= absmax[i // BLOCK:i // BLOCK + len(levels), None]
+        flat[i:i + CHUNK] = levels.view(-1)
+    return out
+
+
+TABLES = {}
+
+
+def table_of_four(device) -> torch.Tensor:
+    """(65536,), 1 MB: for two bytes, read as one little-endian number, their four levels in a complex number of 16 bytes."""
+    if device not in TABLES:
+        byte = torch.arange(65536)[:, None] >> torch.tensor([4, 0, 12, 8]) & 15
+        TABLES[device] = NF4[byte].contiguous().view(torch.complex128).view(-1).to(device)
+    return TABLES[device]
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+class Product(torch.autograd.Function):
+    """x W^T for a W in few bits. Nothing is saved for backward but the layer, which is there anyway."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return layer.times_transposed(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.layer.times(grad), None
+
+
+class LowBitLinear(nn.Module):
+    """A frozen linear layer, W (out, in) in few bits. Has the face that lora.py knows from nn.Linear and GPT-2's Conv1D.
+
+    `weight` is a parameter of integers, so PyTorch refuses to train it.
+    """
+
+    def __init__(self, like: nn.Module):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = like.in_features, like.out_features, like.bias
+        self.fan_in_fan_out = getattr(like, "fan_in_fan_out", False)  # of the checkpoint; in here W is (out, in) always
+        if hasattr(like, "parts"):
+            self.parts = like.parts
+        self.n_weights = self.in_features * self.out_features
+
+    def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False):
+            y = Product.apply(x, self)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def times_transposed(self, x):
+        return x @ self.dequantize(x.dtype).t()
+
+    def times(self, grad):
+        return grad @ self.dequantize(grad.dtype)
+
+    def _apply(self, fn, recurse=True):
+        """.to(dtype) casts every float buffer it finds; these scales stay float32, as PyTorch leaves the codes integers."""
+        scales = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            if scale is not None:
+                self._buffers[name] = scale.to(self._buffers[name].device)
+        return self
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8Linear(LowBitLinear):
+    def __init__(self, like, weight, scale):
+        super().__init__(like)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # (out, in) int8
+        self.register_buffer("scale", scale)  # (out,)
+
+    @classmethod
+    def quantize(cls, like: nn.Module, w: torch.Tensor):
+        return cls(like, *quantize_int8(w))
+
+    def dequantize(self, dtype=torch.float32):
+        return (self.weight.float() * (self.scale / 127)[:, None]).to(dtype)
+
+    # A code is exact in 16 bit, and one scale serves a whole row: it can wait until after the product (before it, in
+    # backward). Half the work of dequantising, and one rounding less. Not in float16: codes up to 127 would overflow it.
+    def times_transposed(self, x):
+        if x.dtype == torch.float16:
+            return super().times_transposed(x)
+        return (x @ self.weight.to(x.dtype).t()).mul_(self.scale / 127)
+
+    def times(self, grad):
+        if grad.dtype == torch.float16:
+            return super().times(grad)
+        return (grad * (self.scale / 127)).to(grad.dtype) @ self.weight.to(grad.dtype)
+
+
+class NF4Linear(LowBitLinear):
+    def __init__(self, like, weight, absmax, nested_absmax=None, offset=None):
+        super().__init__(like)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # (out * in / 2, 1) uint8
+        self.register_buffer("absmax", absmax)  # (out * in / 64,) uint8; float32 where it is not quantised in its turn
+        self.register_buffer("nested_absmax", nested_absmax)  # (out * in / 64 / 256,) float32, or None
+        self.register_buffer("offset", offset)  # () float32, or None
+
+    @classmethod
+    def quantize(cls, like: nn.Module, w: torch.Tensor):
+        packed, absmax = quantize_nf4(w)
+        return cls(like, packed, *quantize_absmax(absmax))
+
+    def absmax32(self):
+        if self.nested_absmax is None:
+            return self.absmax
+        x = F.pad(DYNAMIC.to(self.absmax.device)[self.absmax.int()], (0, -len(self.absmax) % NESTED))
+        return (x.view(-1, NESTED) * self.nested_absmax[:, None]).view(-1)[:len(self.absmax)] + self.offset
+
+    def dequantize(self, dtype=torch.float32):
+        return dequantize_nf4(self.weight, self.absmax32(), (self.out_features, self.in_features), dtype)
+
+
+LAYERS = {8: Int8Linear, 4: NF4Linear}
+
+
+def quantize(like: nn.Module, weight: torch.Tensor, bits: int) -> LowBitLinear:
+    """A layer in `bits` bits for nn.Linear or GPT-2's Conv1D `like`, from its weight as the checkpoint stores it.
+
+    Raises ValueError where the weight is not finite or, for 4 bits, has a size that 64 does not divide.
+    """
+    w = weight.t() if getattr(like, "fan_in_fan_out", False) else weight
+    if bits == 4 and w.numel() % BLOCK:
+        raise ValueError(f"{w.numel():,} weights are no multiple of {BLOCK}, which share a scale; use --bits 8 or 16")
+    layer = LAYERS[bits].quantize(like, w.contiguous())
+    scales = layer.scale if bits == 8 else layer.nested_absmax + layer.offset
+    if not torch.isfinite(scales).all():
+        raise ValueError("a weight is not finite (NaN or infinity), so it cannot be quantised; the checkpoint is damaged")
+    return layer
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints of bitsandbytes
+
+def belongs_to(key: str) -> str | None:
+    """The weight that a tensor of such a checkpoint describes: q_proj.weight for q_proj.weight.absmax and q_proj.SCB."""
+    m = re.fullmatch(r"(.*\.)(weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..*|SCB|weight_format)", key)
+    return m and m[1] + "weight"
+
+
+def from_checkpoint(like: nn.Module, weight: torch.Tensor, parts: dict) -> LowBitLinear:
+    """The layer that transformers + bitsandbytes saved. weight: its codes; parts: what belongs to them, by the last part of
+    their names: absmax, nested_absmax, bitsandbytes__nf4 (a JSON text as bytes), or SCB. Raises ValueError.
+    """
+    n = like.in_features * like.out_features
+    if "SCB" in parts:
+        if weight.shape != (like.out_features, like.in_features) or parts["SCB"].shape != (like.out_features,):
+            raise ValueError(f"int8 codes {list(weight.shape)} for a ({like.out_features}, {like.in_features}) layer")
+        if parts.get("weight_format", torch.zeros(())).any():
+            raise ValueError("its int8 codes are in a GPU's tiled layout; save it again with a newer bitsandbytes")
+        return Int8Linear(like, weight, parts["SCB"].float())
+    if "bitsandbytes__nf4" not in parts:
+        raise ValueError(f"it has neither a quant_state of nf4 nor SCB beside it, only {', '.join(sorted(parts))}")
+    state = json.loads(bytes(parts["bitsandbytes__nf4"].tolist()))
+    wanted = {"quant_type": "nf4", "blocksize": BLOCK, "shape": [like.out_features, like.in_features]}
+    if "nested_absmax" in parts:
+        wanted["nested_blocksize"] = NESTED
+    for name, value in wanted.items():
+        if state.get(name) != value:
+            raise ValueError(f"its quant_state has {name} {state.get(name)}, this model needs {value}")
+    tables = {"quant_map": NF4, "nested_quant_map": DYNAMIC}
+    for name in tables.keys() & parts.keys():
+        if not torch.equal(parts[name], tables[name]):
+            raise ValueError(f"its {name} is another code than NF4's or the 8-bit dynamic one")
+    shapes = {"absmax": -(-n // BLOCK), "nested_absmax": -(-n // BLOCK // NESTED)}
+    if weight.numel() * 2 != n or any(name in parts and parts[name].numel() != size for name, size in shapes.items()) or (
+            (parts["absmax"].dtype == torch.uint8) != ("nested_absmax" in parts)):
+        raise ValueError(f"its codes, absmax or nested_absmax are not those of {n:,} weights")
+    if "nested_absmax" not in parts:
+        return NF4Linear(like, weight, parts["absmax"].float())
+    return NF4Linear(like, weight, parts["absmax"], parts["nested_absmax"], torch.tensor(state["nested_offset"]))
