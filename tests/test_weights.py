@@ -114,7 +114,7 @@ BROKEN = {  # how a LLaMA folder is damaged -> what the one line must hold
     "option": (lambda d: edit_config(d, sliding_window=128),
                "/config.json: option 'sliding_window': 128 is not implemented by llama.py"),
     "quantization_config": (lambda d: edit_config(d, quantization_config={"quant_method": "gptq", "bits": 4}),
-                            "/config.json: the weights are quantised \(gptq\).*--bits 4"),
+                            r"/config.json: the weights are quantised \(gptq\).*--bits 4"),
     "size is text": (lambda d: edit_config(d, hidden_size="32"), "/config.json: "),
     "no heads": (lambda d: edit_config(d, num_attention_heads=0), "/config.json: "),
 }
