@@ -176,8 +176,8 @@ def test_adapter_on_phis_head(tmp_path):
     nn.init.normal_(model.lm_head.lora_B[0])
     ids = torch.randint(0, 4096, (2, 8), generator=torch.Generator().manual_seed(0))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    value, wanted = loss.sum_loss(model.hidden(ids), model.head, ids), F.cross_entropy(model(ids).view(-1, 4096), ids.view(-1),
-                                                                                       reduction="sum")
+    value = loss.sum_loss(model.hidden(ids), model.head, ids)
+    wanted = F.cross_entropy(model(ids).view(-1, 4096), ids.view(-1), reduction="sum")
     torch.testing.assert_close(value, wanted)
     for a, b in zip(gradients(value, *trainable), gradients(wanted, *trainable), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -134,7 +134,8 @@ def test_gpt2_files_with_other_special_tokens(tmp_path):
 
 def phi_files(folder, source, first):
     """What Phi's folder holds beside its tokenizer.json: GPT-2's files and tokens for 31 to 2 spaces, 9 to 2 tabs."""
-    added = {text: first + i for i, text in enumerate([" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)])}
+    runs = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
+    added = {text: first + i for i, text in enumerate(runs)}
     folder.mkdir(parents=True, exist_ok=True)
     for f in ("vocab.json", "merges.txt"):
         shutil.copy(source / f, folder / f)
@@ -149,7 +150,8 @@ def phi_files(folder, source, first):
 
 
 CODE = ["def f(x):\n        if x:\n            return  x\n", "\tif (x) {\n\t\t\treturn 1;\t \t}\n", " " * 40 + "x",
-        "\t" * 12 + "y", "a  b   c" + " " * 31 + "d" + " " * 32, "  \t\t  ", "a <|endoftext|>  b", "\n\n    <|endoftext|>", "  "]
+        "\t" * 12 + "y", "a  b   c" + " " * 31 + "d" + " " * 32, "  \t\t  ", "a <|endoftext|>  b", "\n\n    <|endoftext|>",
+        "  "]
 
 
 def check_phi(folder, source, first, tmp_path):
@@ -175,7 +177,7 @@ def check_phi(folder, source, first, tmp_path):
         assert ours.encode("  <|endoftext|>") == [added["  "], *bare.encode("<|endoftext|>")]
         assert ours.specials == {"<|endoftext|>": first - 1} and (ours.eos_id, ours.stop_ids) == (first - 1, {first - 1})
         assert ours.vocab_size == first + 38 and not ours.adds_bos
-        assert ours.decode([*ours.encode("a"), first + 38, *ours.encode("  b")]) == "a  b"  # a row of the model without a token
+        assert ours.decode([*ours.encode("a"), first + 38, *ours.encode("  b")]) == "a  b"  # the model has rows to spare
 
 
 def test_phi_files_equal_transformers(tmp_path):
