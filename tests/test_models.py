@@ -94,6 +94,21 @@ def test_logits_equal_transformers(tmp_path, family, overrides):
 
 
 @FAMILIES
+def test_gradients_equal_transformers(tmp_path, family):
+    """Of every parameter, through the backward passes that are written by hand."""
+    transformers = pytest.importorskip("transformers")
+    reference(tmp_path, family)
+    ours, theirs = weights.load(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = token_ids(2, 48)
+    for model in (ours, theirs.eval()):
+        logits = model(ids) if model is ours else model(ids).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    wanted = {n.removeprefix(ours.prefix): p.grad for n, p in theirs.named_parameters()}
+    for n, p in ours.named_parameters():
+        assert (p.grad - wanted[n]).abs().max() <= 1e-4 * wanted[n].abs().max() + 1e-5, n
+
+
+@FAMILIES
 def test_sharded_checkpoint(tmp_path, family):
     expected = reference(tmp_path / "shards", family)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
@@ -222,6 +237,7 @@ LARGE = 512.0  # q . k / sqrt(D) = 512 * 512 / sqrt(8) = 92,682, the same for ev
 
 def phi_of_large_qk():
     """Phi with a number of q and k, one that does not turn, at 512 for every token, and adapters; all weights of 16 bit."""
+    torch.manual_seed(1)  # of lora_A. Seeds 0 to 7: logits differ by up to 0.0055 of their spread, gradients by 0.007 to 0.04
     model, rng = lora.inject(build("phi"), r=2, targets="all"), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for adapter in lora.adapters(model).values():
