@@ -237,7 +237,7 @@ LARGE = 512.0  # q . k / sqrt(D) = 512 * 512 / sqrt(8) = 92,682, the same for ev
 
 def phi_of_large_qk():
     """Phi with a number of q and k, one that does not turn, at 512 for every token, and adapters; all weights of 16 bit."""
-    torch.manual_seed(1)  # of lora_A. Seeds 0 to 7: logits differ by up to 0.0055 of their spread, gradients by 0.007 to 0.04
+    torch.manual_seed(1)  # of lora_A. Seeds 0-7: logits differ by up to 0.0055 of their spread, gradients by 0.007 to 0.04
     model, rng = lora.inject(build("phi"), r=2, targets="all"), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for adapter in lora.adapters(model).values():
