@@ -125,7 +125,7 @@ def dequantize_nf4(packed, absmax, shape, dtype) -> torch.Tensor:
 
 @functools.cache
 def workspace(device):
-    """What dequantize_nf4 uses again and again, 2.6 MB: a table (65536,) from two bytes, read as one little-endian number, to
+    """What dequantize_nf4 uses again and again, 2.6 MB: a table (65536,) from two bytes, as one little-endian number, to
     their four levels, in a complex number of 16 bytes; room for a chunk (fresh memory costs as much time as the work)."""
     code = torch.arange(65536)[:, None] >> torch.tensor([4, 0, 12, 8]) & 15
     table = NF4[code].view(torch.complex128).view(-1).to(device)

@@ -3,7 +3,7 @@
 A model is looked for in four places, in this order: the bundled `assets/`, a local folder, the hub's cache on this
 machine, the hub. Whatever the place, it is a folder in the Hugging Face layout:
 
-    config.json                                             the architecture (`model_type` chooses gpt2.py or llama.py)
+    config.json                                             the architecture (`model_type`: gpt2.py, llama.py or phi.py)
     model.safetensors, or *.safetensors + model.safetensors.index.json     the weights, in one file or in shards
     tokenizer.json, tokenizer.model or vocab.json + merges.txt             read by data.py
 
@@ -27,10 +27,12 @@ from torch.overrides import TorchFunctionMode
 
 import gpt2
 import llama
+import phi
 import quant
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama)}  # by config.json's model_type
+FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama),  # by config.json's model_type
+            "phi": (phi.Config, phi.Phi)}
 SHORT_NAMES = {
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
@@ -50,9 +52,14 @@ SHORT_NAMES = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "phi-1": "microsoft/phi-1",
+    "phi-1.5": "microsoft/phi-1_5",
+    "phi-2": "microsoft/phi-2",
 }
 # Checkpoint entries that are not weights: masks and frequencies that old files carry along.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+# The matrices that write into the residual stream.
+WRITES = ("c_proj.weight", "o_proj.weight", "down_proj.weight", "dense.weight", "fc2.weight")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 
@@ -313,7 +320,7 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
     for n, p in list(model.named_parameters()):
         t = torch.zeros(p.shape)
         if p.dim() == 2:
-            writes = n.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))
+            writes = n.endswith(WRITES)
             t.normal_(0.0, 0.02 / ((2 * config.n_layer) ** 0.5 if writes else 1), generator=rng)
         elif n.endswith("weight"):
             t.fill_(1.0)

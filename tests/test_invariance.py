@@ -26,7 +26,7 @@ from optim import AdamW
 REFERENCE = Path(__file__).parent / "reference" / "trajectories.json"
 MAX, MEAN = 1e-5, 2e-6
 RECORDED = 1e-3  # of the JSON: another machine's matrix products add up in another order
-CASES = {f"{family}-{mode}": (family, mode) for family in ("gpt2", "llama") for mode in ("lora", "full")}
+CASES = {f"{family}-{mode}": (family, mode) for family in ("gpt2", "llama", "phi") for mode in ("lora", "full")}
 STEPS = 6  # two epochs: 20 rows make steps of 8, 8 and 4 examples, so that an epoch's last window is a short one
 
 
