@@ -482,7 +482,6 @@ def test_phi_sizes(n_embd, n_layer, factor, total):
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
     ("gpt2", {"n_head": 5}, "n_head 5"),
-    ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("gpt2", {"n_embd": None}, "config.json"),
     ("llama", {"hidden_act": "gelu"}, "gelu"),
     ("llama", {"sliding_window": 32}, "sliding_window"),
