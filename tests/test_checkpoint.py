@@ -120,6 +120,7 @@ class Layer(nn.Module):
 def test_the_second_run_ends_before_the_last_product_and_returns_the_random_state():
     layer, x = Layer(), torch.randn(4, 8)
     y = checkpoint.checkpoint(layer, x)
+    torch.rand(3)  # forward goes on
     state = torch.get_rng_state()
     y.sum().backward()
     assert (layer.runs, layer.ended) == (2, 1) and torch.equal(torch.get_rng_state(), state)
@@ -170,6 +171,15 @@ def test_a_retained_graph_is_passed_twice():
     once = [p.grad.clone() for p in (x, *layer.parameters())]
     y.backward()
     assert all(torch.equal(p.grad, 2 * g) for p, g in zip((x, *layer.parameters()), once, strict=True))
+
+
+def test_what_was_made_again_is_gone_after_backward():
+    layer, x = Layer(), torch.randn(4, 8)
+    with memory.Ledger(layer) as ledger:
+        y = checkpoint.checkpoint(layer, x).sum()
+        before = ledger.live["activations"]
+        y.backward(retain_graph=True)  # else the graph's end would free it all
+        assert ledger.live["activations"] == before < ledger.at_peak["activations"]
 
 
 def test_where_nothing_needs_a_gradient_nothing_is_computed_twice():
