@@ -70,6 +70,7 @@ class TrainConfig:
     show_batch: bool = option(False, "data", "print the first micro-batch, what is learned marked, and stop")
     amp: bool = option(False, "memory", "matrix products in bfloat16 (float16 on cards without it)")
     ckpt_every: int = option(0, "memory", "recompute every N-th layer's activations in backward (0: none, 1: all)")
+    ckpt_offload: bool = option(False, "memory", "what a checkpointed layer keeps waits in host memory")
     batch_size: int = option(8, "memory", "examples a micro-batch")
     grad_accum: int = option(1, "memory", "micro-batches an optimizer step")
     lr: float = option(None, "train", "peak learning rate (default: by the model's width, see default_lr)", type=float)
@@ -122,6 +123,8 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full:
         # 4M parameters know little that Q and V alone could steer, and default_lr fits larger models: see LOG.md.
         cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
+    if cfg.ckpt_offload and not cfg.ckpt_every:
+        raise UserError("--ckpt-offload has no effect without --ckpt-every: it moves what a recomputed layer keeps")
     cfg.device = weights.usable_device(cfg.device)
     return cfg
 
@@ -228,7 +231,9 @@ def main(cfg: TrainConfig) -> dict:
     else:
         targets = cfg.lora_targets.split(",") if cfg.lora_targets else None
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora)
-    model.ckpt_every = cfg.ckpt_every
+    model.ckpt_every, model.ckpt_offload = cfg.ckpt_every, cfg.ckpt_offload
+    if cfg.ckpt_offload and torch.device(cfg.device).type != "cuda":
+        print(f"--ckpt-offload: on {cfg.device} host and device memory are the same; nothing moves, nothing is saved")
     params = memory.count(model)
     print(f"{cfg.model}: {params['total']:,} parameters in {memory.human(params['bytes'])}, "
           f"{params['trainable']:,} trainable ({params['percent']:.4f} %)")

@@ -119,6 +119,7 @@ TRAIN = {
     "random, frozen": ("--from-scratch", "--from-scratch needs --full"),
     "16 bit without amp": ("--bits 16", "--bits 16 needs --amp"),
     "recompute nothing": ("--ckpt-every 4", "--ckpt-every 4 recomputes nothing: .*good has 3 layers"),
+    "offload nothing": ("--ckpt-offload", "--ckpt-offload has no effect without --ckpt-every"),
     "ckpt-every -1": ("--ckpt-every -1", "--ckpt-every -1: must not be negative"),
     "steps 0": ("--steps 0", "--steps 0: must be at least 1"),
     "steps and epochs": ("--steps 2 --epochs 2", "--steps and --epochs both say"),

@@ -19,6 +19,7 @@ import torch
 from conftest import make_data, make_folder
 from runs import no_picture, run, steps, timeless
 
+import checkpoint
 import loss
 import train
 from optim import AdamW
@@ -114,6 +115,12 @@ def test_dropout_does_something(case):
 @pytest.mark.parametrize("ckpt_every", [1, 2, 3])
 def test_recomputed_layers_follow_and_draw_the_same_dropout(case, ckpt_every):
     assert_follows(case.run(**case.dropout, ckpt_every=ckpt_every), case.trajectory(**case.dropout))
+
+
+def test_recomputed_layers_whose_inputs_left_the_device_follow(case, monkeypatch):
+    monkeypatch.setattr(checkpoint, "to_host", lambda x: x.numpy(force=True).copy())  # stands in for a card's host
+    monkeypatch.setattr(checkpoint, "to_device", lambda x, device: torch.from_numpy(x))
+    assert_follows(case.run(**case.dropout, ckpt_every=1, ckpt_offload=True), case.trajectory(**case.dropout))
 
 
 def test_a_resumed_run_follows_bit_for_bit_and_draws_the_same_dropout(case, monkeypatch):

@@ -39,10 +39,12 @@ def test_adamw_equals_torchs(weight_decay):
     assert all(p.grad is None for p in ours)
 
 
-def test_training_does_not_import_pytorchs_compiler(tmp_path):
-    """72 MB and 2 seconds; torch.optim, a random start on "meta", a dispatch mode and autograd.grad would each bring it."""
+@pytest.mark.parametrize("more", [[], ["--ckpt-every", "2", "--ckpt-offload"]], ids=["", "ckpt"])
+def test_training_does_not_import_pytorchs_compiler(more, tmp_path):
+    """72 MB and 2 seconds; torch.optim, a random start on "meta", a dispatch mode, torch.utils.checkpoint and autograd.grad
+    would each bring it."""
     code = ("import sys, train; train.main(train.parse(sys.argv[1:]));"
             "sys.exit('torch._dynamo' in sys.modules or 'sympy' in sys.modules)")
-    options = ["--steps", "3", "--amp", "--samples", "1", "--out", tmp_path / "run"]
+    options = ["--steps", "3", "--amp", "--samples", "1", "--out", tmp_path / "run", *more]
     done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

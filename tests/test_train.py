@@ -689,6 +689,7 @@ def test_every_option_is_parsed_into_its_field():
 @pytest.mark.parametrize("more,wanted", [
     ({"batch_size": 0}, "--batch-size"), ({"grad_accum": 0}, "--grad-accum"), ({"steps": 0}, "--steps"),
     ({"clip": -1.0}, "--clip"), ({"lr": math.nan}, "--lr"), ({"lr": math.inf}, "--lr"), ({"ckpt_every": -1}, "--ckpt-every"),
+    ({"ckpt_offload": True}, "--ckpt-every"),
     ({"full": True, "lora_r": 4}, "--lora-r"), ({"full": True, "lora_dropout": 0.1}, "--lora-dropout"),
     ({"full": True, "bits": 16}, "--bits"), ({"bits": 16}, "--amp"), ({"from_scratch": True}, "--full"),
     ({"val_data": "x", "data": "y", "val_frac": 0.2}, "--val-frac"), ({"val_data": "x"}, "--data"),
