@@ -173,7 +173,7 @@ class Decoder(nn.Module):
 
 
 class Phi(nn.Module):
-    """The Phi family up to Phi-2. See the design's "model's face": Config, hidden, head, forward, ckpt_every, ckpt_offload."""
+    """Phi-1, 1.5 and 2. See the design's "model's face": Config, hidden, head, forward, ckpt_every, ckpt_offload."""
 
     prefix = ""  # the names below are the checkpoint's, whole
     default_targets = ("q_proj", "v_proj")
