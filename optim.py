@@ -152,7 +152,10 @@ def quantise(x: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor, signed: boo
 
 
 class AdamW8bit(AdamW):
-    """AdamW with m and v in 8 bits: 2 + 8/256 bytes a parameter, and CHUNK numbers of temporaries.
+    """AdamW with m and v in 8 bits: 2 + 8/256 bytes a parameter, and 24 bytes a number of one chunk while it steps.
+
+    Plain PyTorch reads and writes each number some thirty times where the fused kernel does once: on one CPU core 25 ns a
+    number instead of 1.5 (bitsandbytes: 52), GPT-2 in full 3.1 s a step instead of 0.2. A GPU has the bandwidth for it.
 
     state: {parameter: {"step", "exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax"}}; tensors below 4,096
     elements as in AdamW.
@@ -244,16 +247,18 @@ def in_blocks(x: torch.Tensor, i: int, j: int) -> torch.Tensor:
 class PagedAdamW8bit(AdamW8bit):
     """AdamW8bit whose states live in the machine's memory; the device holds two chunks of them while it steps.
 
-    On CUDA the memory is pinned (a copy does not wait for the processor) and a second stream carries chunk i + 1 down to
+    On CUDA the memory is pinned (copies run beside the computation; PyTorch rounds each tensor
+    up to a power of two bytes there) and a second stream carries chunk i + 1 down to
     the card and chunk i - 1 back while chunk i is computed. A copy takes 2 bytes a number each way: LLaMA-7B, 27 GB a
     step, about a second over PCIe 4. On a CPU the same copies are made, one after the other.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.cuda = any(p.is_cuda for g in self.param_groups for p in g["params"])
+        self.device = next(p.device for g in self.param_groups for p in g["params"])
+        self.cuda = self.device.type == "cuda"
         self.home = {"device": "cpu", "pin_memory": self.cuda}
-        self.side = torch.cuda.Stream() if self.cuda else None
+        self.side = torch.cuda.Stream(self.device) if self.cuda else None
 
     def update_chunks(self, chunks, group):
         ahead = self.fetch(chunks[0]) if chunks else None
@@ -261,23 +266,23 @@ class PagedAdamW8bit(AdamW8bit):
             states = ahead
             ahead = self.fetch(chunks[n + 1]) if n + 1 < len(chunks) else None
             if self.cuda:  # the states may be used when they have arrived: before the chunk just asked for
-                torch.cuda.current_stream().wait_event(states.pop())
+                torch.cuda.current_stream(self.device).wait_event(states.pop())
             self.update_chunk(chunk, states, group)
             self.put_back(chunk, states)
         if self.cuda:
             self.side.synchronize()  # the host's memory is whole before anyone reads (saves) it
 
     def fetch(self, chunk):
-        device = chunk[0][0].device
         with torch.cuda.stream(self.side):
-            states = [join([x.to(device, non_blocking=True, copy=True) for x in self.slices(chunk, key)]) for key in self.KEYS]
+            states = [join([x.to(self.device, non_blocking=True, copy=True) for x in self.slices(chunk, key)])
+                      for key in self.KEYS]
             return [*states, self.side.record_event()] if self.cuda else states
 
     def put_back(self, chunk, states):
         # The device's copies belong to the side stream, which frees and reuses them in its own order: after this copy,
         # which waits for the computation. So no later fetch can write into memory that the computation still reads.
         if self.cuda:
-            self.side.wait_stream(torch.cuda.current_stream())
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
             for key, joined in zip(self.KEYS, states):
                 for home, x in zip(self.slices(chunk, key), joined.split([j - i for _, i, j in chunk])):

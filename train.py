@@ -72,8 +72,8 @@ class TrainConfig:
     ckpt_every: int = option(0, "memory", "recompute every N-th layer's activations in backward (0: none, 1: all)")
     batch_size: int = option(8, "memory", "examples a micro-batch")
     grad_accum: int = option(1, "memory", "micro-batches an optimizer step")
-    optimizer: str = option("adamw", "memory", "adamw8bit: its states in 8 bits; paged_adamw8bit: and in the machine's memory; "
-                            "offload_adamw: AdamW on the CPU, with --full --amp weights of 16 bits", choices=tuple(OPTIMIZERS))
+    optimizer: str = option("adamw", "memory", "adamw8bit: states of 8 bits; paged_adamw8bit: and in the machine's memory; "
+                            "offload_adamw: on the CPU, so that --full --amp has 16-bit weights", choices=tuple(OPTIMIZERS))
     lr: float = option(None, "train", "peak learning rate (default: by the model's width, see default_lr)", type=float)
     schedule: str = option("cosine", "train", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
     warmup_steps: int = option(None, "train", "steps of linear warm-up (default: 5 %% of the steps)", type=int)
