@@ -155,7 +155,7 @@ class AdamW8bit(AdamW):
     """AdamW with m and v in 8 bits: 2 + 8/256 bytes a parameter, and 24 bytes a number of one chunk while it steps.
 
     Plain PyTorch reads and writes each number some thirty times where the fused kernel does once: on one CPU core 25 ns a
-    number instead of 1.5 (bitsandbytes: 52), GPT-2 in full 3.1 s a step instead of 0.2. A GPU has the bandwidth for it.
+    number instead of 1.5 (bitsandbytes: 52), GPT-2 in full 3.1 s a step instead of 0.2.
 
     state: {parameter: {"step", "exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax"}}; tensors below 4,096
     elements as in AdamW.
