@@ -31,10 +31,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from optim import dynamic_code
+
 BLOCK = 64  # weights to an absmax
 NESTED = 256  # absmax to a scale
 CHUNK = 2**18  # weights at a time: the temporaries stay in the CPU's cache, however large the layer
 
+DYNAMIC = dynamic_code(signed=True)  # the 8-bit code of optim.py's states, which serves the absmax
 # arXiv:2305.14314, appendix E
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -45,23 +48,6 @@ NF4 = torch.tensor([
 def midpoints(code: torch.Tensor) -> torch.Tensor:
     """The borders between neighbours of a sorted code: what lies between two of them is nearest to the code there."""
     return (code[1:] + code[:-1]) / 2
-
-
-def dynamic_code(signed: bool = True) -> torch.Tensor:
-    """The 256 values of the "dynamic tree" code, sorted (8-bit Optimizers, arXiv:2110.02861, section 1.3).
-
-    In each of seven decades from 1e-7 to 1, the middles of 2^i equal parts, i = 0...6, of both signs (unsigned: of 2^(i + 1)
-    parts); 0; 1. A small number keeps its magnitude, a large one two digits; even steps would make 0 of all below 0.004.
-    """
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
-        middles = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += middles.tolist() + ((-middles).tolist() if signed else [])
-    return torch.tensor(sorted(values + [0.0] * (256 - len(values))))
-
-
-DYNAMIC = dynamic_code()
 
 
 # ---------------------------------------------------------------------------------------------- tensors

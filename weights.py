@@ -367,13 +367,16 @@ def checkpoint_name(model: nn.Module, name: str) -> str:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def save(model: nn.Module, folder, dtype: str = "float32"):
-    """Write a model as a Hugging Face folder: model.safetensors, config.json, and its source's tokenizer files."""
+def save(model: nn.Module, folder, dtype: str = "float32", params: dict | None = None):
+    """Write a model as a Hugging Face folder: model.safetensors, config.json, and its source's tokenizer files.
+
+    params: {name: tensor} to write instead of the model's own parameters (the float32 masters of 16-bit weights)."""
     folder, source = Path(folder), find(model.source)
     raw = read_json(source / "config.json")
     raw.pop("torch_dtype", None)
     raw.update(dtype=dtype, tie_word_embeddings=model.config.tied_head)
-    tensors = {checkpoint_name(model, n): p.detach().to("cpu", DTYPES[dtype]) for n, p in model.named_parameters()}
+    params = params or dict(model.named_parameters())
+    tensors = {checkpoint_name(model, n): p.detach().to("cpu", DTYPES[dtype]) for n, p in params.items()}
     write_tensors(folder / "model.safetensors", tensors)
     write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
     for f in TOKENIZER_FILES:
