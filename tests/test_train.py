@@ -696,7 +696,7 @@ def test_every_option_is_parsed_into_its_field():
     ({"steps": 5, "epochs": 2}, "--epochs"), ({"device": "nowhere"}, "--device")])
 def test_options_that_cannot_apply_are_refused(more, wanted):
     with pytest.raises(UserError, match=wanted):
-        train.resolve(TrainConfig(**more))
+        train.resolve_bits(train.resolve(train.TrainConfig(**more)), None)
 
 
 def test_a_run_is_not_overwritten_and_resume_keeps_its_options(go, shared, tmp_path):
