@@ -261,6 +261,7 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
             setattr(model.get_submodule(owner), leaf, layer.to(device))
         else:
             set_parameter(model, n, tensor.to(device, dtype))
+        del tensor  # before the next one is read
         seen.add(n)
     if missing := [n for n in expected if n not in seen]:
         raise UserError(f"{folder}: tensor {missing[0]} of shape {list(expected[missing[0]])} is missing"
