@@ -258,7 +258,9 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
                     layer = quant.quantize(like, tensor, bits)
             except ValueError as e:
                 raise UserError(f"{path}: tensor {key}: {e}") from None
+            bias, layer.bias = layer.bias, None  # which a later shard may hold: then it is on "meta" still
             setattr(model.get_submodule(owner), leaf, layer.to(device))
+            layer.bias = bias
         else:
             set_parameter(model, n, tensor.to(device, dtype))
         del tensor  # before the next one is read
