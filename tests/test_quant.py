@@ -12,7 +12,6 @@ import torch
 from conftest import LLAMA, make_folder
 from runs import no_picture, run
 from safetensors.torch import load_file, save_file
-from test_weights import shard
 from torch import nn
 from torch.nn import functional as F
 
@@ -393,9 +392,18 @@ def test_bytes(family, bits, folders):
 
 @FAMILIES
 @BITS
-def test_shards(family, bits, folders, tmp_path):
+@pytest.mark.parametrize("first", ["bias", "weight"])
+def test_shards(family, bits, first, folders, tmp_path):
+    """In the first of two files lie the weights of low-bit layers, in the second their biases, and the other way round."""
     shutil.copytree(folders[family], tmp_path / "shards")
-    shard(tmp_path / "shards")
+    tensors = load_file(folders[family] / "model.safetensors")
+    (tmp_path / "shards" / "model.safetensors").unlink()
+    files = {"1.safetensors": [k for k in tensors if k.endswith(first)],
+             "2.safetensors": [k for k in tensors if not k.endswith(first)]}
+    for file, names in files.items():
+        save_file({k: tensors[k] for k in names}, tmp_path / "shards" / file, {"format": "pt"})
+    index = {"weight_map": {k: file for file, names in files.items() for k in names}}
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_same_state(state(weights.load(tmp_path / "shards", bits=bits)), state(weights.load(folders[family], bits=bits)))
 
 
