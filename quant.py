@@ -233,10 +233,13 @@ def quantize(like: nn.Module, weight: torch.Tensor, bits: int) -> LowBitLinear:
     w = weight.t() if getattr(like, "fan_in_fan_out", False) else weight
     if bits == 4 and w.numel() % BLOCK:
         raise ValueError(f"{w.numel():,} weights are no multiple of {BLOCK}, which share a scale; use --bits 8 or 16")
-    layer = LAYERS[bits].quantize(like, w.contiguous())
-    scales = layer.scale if bits == 8 else layer.nested_absmax + layer.offset
-    if not torch.isfinite(scales).all():
-        raise ValueError("a weight is not finite (NaN or infinity), so it cannot be quantised; the checkpoint is damaged")
+    return checked(LAYERS[bits].quantize(like, w.contiguous()))
+
+
+def checked(layer: LowBitLinear) -> LowBitLinear:
+    """A weight that is not finite makes its scale so. Found here it has a name; later, only a loss that is not a number."""
+    if not torch.isfinite(layer.scale if isinstance(layer, Int8Linear) else layer.absmax32()).all():
+        raise ValueError("a weight is not finite (NaN or infinity); the checkpoint is damaged")
     return layer
 
 
@@ -254,11 +257,13 @@ def from_checkpoint(like: nn.Module, weight: torch.Tensor, parts: dict) -> LowBi
     """
     n = like.in_features * like.out_features
     if "SCB" in parts:
-        if weight.shape != (like.out_features, like.in_features) or parts["SCB"].shape != (like.out_features,):
-            raise ValueError(f"int8 codes {list(weight.shape)} for a ({like.out_features}, {like.in_features}) layer")
+        shape, scale = (like.out_features, like.in_features), parts["SCB"]
+        if weight.dtype != torch.int8 or weight.shape != shape or scale.shape != shape[:1]:
+            raise ValueError(f"codes {list(weight.shape)} of {weight.dtype} and scales {list(scale.shape)} are not those of "
+                             f"a {shape} layer in int8")
         if parts.get("weight_format", torch.zeros(())).any():
             raise ValueError("its int8 codes are in a GPU's tiled layout; save it again with a newer bitsandbytes")
-        return Int8Linear(like, weight, parts["SCB"].float())
+        return checked(Int8Linear(like, weight, scale.float()))
     if "bitsandbytes__nf4" not in parts:
         raise ValueError(f"it has neither a quant_state of nf4 nor SCB beside it, only {', '.join(sorted(parts))}")
     state = json.loads(bytes(parts["bitsandbytes__nf4"].tolist()))
@@ -272,10 +277,12 @@ def from_checkpoint(like: nn.Module, weight: torch.Tensor, parts: dict) -> LowBi
     for name in tables.keys() & parts.keys():
         if not torch.equal(parts[name], tables[name]):
             raise ValueError(f"its {name} is another code than NF4's or the 8-bit dynamic one")
-    shapes = {"absmax": -(-n // BLOCK), "nested_absmax": -(-n // BLOCK // NESTED)}
-    if weight.numel() * 2 != n or any(name in parts and parts[name].numel() != size for name, size in shapes.items()) or (
-            (parts["absmax"].dtype == torch.uint8) != ("nested_absmax" in parts)):
-        raise ValueError(f"its codes, absmax or nested_absmax are not those of {n:,} weights")
-    if "nested_absmax" not in parts:
-        return NF4Linear(like, weight, parts["absmax"].float())
-    return NF4Linear(like, weight, parts["absmax"], parts["nested_absmax"], torch.tensor(state["nested_offset"]))
+    double = "nested_absmax" in parts
+    sizes = {"absmax": n // BLOCK, **({"nested_absmax": -(-n // BLOCK // NESTED)} if double else {})}
+    if weight.dtype != torch.uint8 or weight.numel() * 2 != n or any(
+            k not in parts or parts[k].numel() != size for k, size in sizes.items()) or (
+            (parts["absmax"].dtype == torch.uint8) != double or double and "nested_offset" not in state):
+        raise ValueError(f"its codes ({weight.dtype}), absmax, nested_absmax or nested_offset are not those of {n:,}")
+    if not double:
+        return checked(NF4Linear(like, weight, parts["absmax"].float()))
+    return checked(NF4Linear(like, weight, parts["absmax"], parts["nested_absmax"], torch.tensor(state["nested_offset"])))

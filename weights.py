@@ -237,7 +237,7 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     expected = {n: p.shape for n, p in model.named_parameters()}  # a tied head is listed once, as the embedding
     low_bit = {f"{n}.weight" for n, m in model.named_modules() if hasattr(m, "in_features") and n != "lm_head"}
     files = {key: path for path in weight_files(folder) for key in tensor_names(path)}
-    seen = set()
+    seen, used = set(), set()
     head = None
     for key, path in files.items():
         if key.endswith(NOT_WEIGHTS) or stored and quant.belongs_to(key) in files:
@@ -260,18 +260,24 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
             try:
                 if coded:
                     parts = {k: read_tensor(f, k) for k, f in files.items() if quant.belongs_to(k) == key}
+                    used |= parts.keys()
                     layer = quant.from_checkpoint(like, tensor, {k.rpartition(".")[2]: t for k, t in parts.items()})
                 else:
                     layer = quant.quantize(like, tensor, bits)
             except ValueError as e:
                 raise UserError(f"{path}: tensor {key}: {e}") from None
+            bias, layer.bias = layer.bias, None  # which a later shard may hold: then it is on "meta" still
             setattr(model.get_submodule(owner), leaf, layer.to(device))
+            layer.bias = bias
         else:
             set_parameter(model, n, tensor.to(device, dtype))
+        del tensor  # before the next one is read
         seen.add(n)
     if missing := [n for n in expected if n not in seen]:
         raise UserError(f"{folder}: tensor {missing[0]} of shape {list(expected[missing[0]])} is missing"
                         + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
+    if extra := [k for k in files if stored and quant.belongs_to(k) in files and k not in used]:
+        raise UserError(f"{files[extra[0]]}: unexpected tensor {extra[0]}: its weight is not quantised")
     model.tie()
     if head is not None and not torch.equal(head, model.lm_head.weight):
         raise UserError(f"{folder}: lm_head.weight differs from the embedding, but config.json ties them; "

@@ -8,9 +8,14 @@ hands a part of that on to the next step. Each relative difference is held twice
     MEAN  the signed mean        observed 1.2e-7. Rounding falls to both sides and cancels; a bug such as a label counted
                                  twice pushes every step the same way, and shows here while it is still below MAX.
 
-    python tests/test_invariance.py     records tests/reference/trajectories.json anew (after a wanted change of arithmetic)
+Over weights in 8 and 4 bits products are in bfloat16, whose 8 bits of mantissa round 65,000 times as coarsely, and a batch
+of another shape is summed, so rounded, in another order. Observed: any loss 6e-4, any gradient norm 9e-3; the means 8e-5 and
+2.4e-3 (llama-4bit, of six steps). HALF allows some five times that. What leaves the shapes as they are is held to MAX there too.
+
+    python tests/test_invariance.py [CASE ...]    records tests/reference/trajectories.json anew (after a wanted change)
 """
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,22 +31,27 @@ from optim import OPTIMIZERS
 
 REFERENCE = Path(__file__).parent / "reference" / "trajectories.json"
 MAX, MEAN = 1e-5, 2e-6
+EXACT = {"loss": (MAX, MEAN), "grad_norm": (MAX, MEAN)}
+HALF = {"loss": (3e-3, 5e-4), "grad_norm": (5e-2, 1.2e-2)}
 BAND = 1e-3, 4e-4  # 8-bit states beside 32-bit ones; observed 1.8e-4, 3.9e-5
-RECORDED = 1e-3  # of the JSON: another machine's matrix products add up in another order
+RECORDED = 1e-3  # of the JSON: another machine's products add up in another order (in bfloat16: HALF, for the same reason)
 CASES = {f"{family}-{mode}": (family, mode, "adamw") for family in ("gpt2", "llama", "phi") for mode in ("lora", "full")}
+CASES |= {"gpt2-8bit": ("gpt2", "8bit", "adamw"), "llama-4bit": ("llama", "4bit", "adamw")}
 OTHERS = {f"gpt2-full-{name}": ("gpt2", "full", name) for name in OPTIMIZERS if name != "adamw"}
 STEPS = 6  # two epochs: 20 rows make steps of 8, 8 and 4 examples, so that an epoch's last window is a short one
 
 
 def train_options(mode: str) -> dict:
     return {"steps": STEPS, "batch_size": 8, "eval_every": STEPS, "seed": 7, "warmup_steps": 2,
-            **({"full": True, "lr": 2e-3} if mode == "full" else {"lora_r": 4, "lr": 1e-2})}
+            **({"full": True, "lr": 2e-3} if mode == "full" else {"lora_r": 4, "lr": 1e-2}),
+            **({"bits": int(mode[0]), "amp": True} if "bit" in mode else {})}
 
 
 class Case:
     def __init__(self, name: str, folder: Path):
         family, self.mode, self.optimizer = {**CASES, **OTHERS}[name]
         self.name, self.folder, self.n = name, folder, 0
+        self.limits = HALF if "bit" in self.mode else EXACT
         self.model = make_folder(folder / family, family)
         self.data = make_data(folder / "data.jsonl", 20)
         self.val = make_data(folder / "val.jsonl", 2)
@@ -78,10 +88,10 @@ def differences(got: list[dict], wanted: list[dict], key: str) -> torch.Tensor:
     return (a - b) / b
 
 
-def assert_follows(got: list[dict], wanted: list[dict], most=MAX, mean=MEAN):
+def assert_follows(got: list[dict], wanted: list[dict], limits=EXACT):
     for x, y in zip(got, wanted, strict=True):
         assert (x["lr"], x["tokens"], x["examples"]) == (y["lr"], y["tokens"], y["examples"])  # the same data, in order
-    for key in ("loss", "grad_norm"):
+    for key, (most, mean) in limits.items():
         d = differences(got, wanted, key)
         print(f"{key}: max {d.abs().max():.1e}, mean {d.mean():+.1e}")
         assert d.abs().max() <= most, f"{key} strays by {d.abs().max():.1e}: {d.tolist()}"
@@ -99,7 +109,7 @@ SAME = {
 
 @pytest.mark.parametrize("options", SAME.values(), ids=SAME)
 def test_an_equivalent_configuration_follows(case, options):
-    assert_follows(case.run(**options), case.trajectory())
+    assert_follows(case.run(**options), case.trajectory(), case.limits)
 
 
 @pytest.mark.parametrize("positions", [1, 30])
@@ -156,7 +166,21 @@ def test_the_recorded_trajectory(case):
     got = case.trajectory()
     for key in ("loss", "grad_norm"):
         wanted = torch.tensor(recorded[key], dtype=torch.float64)
-        torch.testing.assert_close(torch.tensor([x[key] for x in got], dtype=torch.float64), wanted, rtol=RECORDED, atol=0)
+        torch.testing.assert_close(torch.tensor([x[key] for x in got], dtype=torch.float64), wanted, atol=0,
+                                   rtol=HALF[key][0] if "bit" in case.mode else RECORDED)
+
+
+BESIDE_16_BIT = {"8bit": (2e-3, 3e-2), "4bit": (6e-2, 0.5)}  # of loss and gradient norm; observed: a third
+
+
+def test_coarser_weights_stay_beside_the_16_bit_trajectory(case):
+    """And are not it: a run that ignored --bits would pass every other test here."""
+    if "bit" in case.mode:
+        sixteen, got = case.trajectory(bits=16), case.trajectory()
+        for key, most in zip(("loss", "grad_norm"), BESIDE_16_BIT[case.mode]):
+            d = differences(got, sixteen, key)
+            print(f"{key}: max {d.abs().max():.1e}, mean {d.mean():+.1e}")
+            assert most / 30 < d.abs().max() <= most
 
 
 # ---------------------------------------------------------------------------------------------- the other optimizers
@@ -186,7 +210,7 @@ def test_another_optimizer_stays_near_adamw(other):
     if other.optimizer == "offload_adamw":
         assert timeless(got) == timeless(wanted)
     else:
-        assert_follows(got, wanted, *BAND)
+        assert_follows(got, wanted, {"loss": BAND, "grad_norm": BAND})
         assert differences(got, wanted, "loss").abs().max() > 1e-6
 
 
@@ -202,8 +226,8 @@ def test_a_drift_below_the_maximum_is_noticed(case, monkeypatch):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as tmp:
-        record = {}
-        for name in (*CASES, *OTHERS):
+        record = json.loads(REFERENCE.read_text()) if REFERENCE.exists() else {}
+        for name in sys.argv[1:] or (*CASES, *OTHERS):
             got = Case(name, Path(tmp) / name).trajectory()
             record[name] = {key: [float(f"{x[key]:.7g}") for x in got] for key in ("loss", "grad_norm")}
     REFERENCE.parent.mkdir(exist_ok=True)
