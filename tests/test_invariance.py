@@ -9,8 +9,8 @@ hands a part of that on to the next step. Each relative difference is held twice
                                  twice pushes every step the same way, and shows here while it is still below MAX.
 
 Over weights in 8 and 4 bits products are in bfloat16, whose 8 bits of mantissa round 65,000 times as coarsely, and a batch
-of another shape is summed, so rounded, in another order. Observed: any loss 6e-4, any gradient norm 9e-3; the means 8e-5 and
-2.4e-3 (llama-4bit, of six steps). HALF allows some five times that. What leaves the shapes as they are is held to MAX there too.
+of another shape is summed, so rounded, in another order. Observed: any loss 6e-4, any gradient norm 9e-3; the means 8e-5
+and 2.4e-3 (llama-4bit, of six steps). HALF allows some five times that. What leaves the shapes is held to MAX there too.
 
     python tests/test_invariance.py [CASE ...]    records tests/reference/trajectories.json anew (after a wanted change)
 """
@@ -131,8 +131,8 @@ def test_recomputed_layers_follow_and_draw_the_same_dropout(case, ckpt_every):
 
 
 def test_recomputed_layers_whose_inputs_left_the_device_follow(case, monkeypatch):
-    monkeypatch.setattr(checkpoint, "to_host", lambda x: x.numpy(force=True).copy())  # stands in for a card's host
-    monkeypatch.setattr(checkpoint, "to_device", lambda x, device: torch.from_numpy(x))
+    monkeypatch.setattr(checkpoint, "to_host", lambda x: (x.float().numpy(force=True).copy(), x.dtype))  # a card's host
+    monkeypatch.setattr(checkpoint, "to_device", lambda x, device: torch.from_numpy(x[0]).to(x[1]))
     assert_follows(case.run(**case.dropout, ckpt_every=1, ckpt_offload=True), case.trajectory(**case.dropout))
 
 
