@@ -24,6 +24,7 @@ Nothing dequantised is kept. Backward needs W once more, for dx = dy W, and dequ
 bit at a time (LLaMA-7B: at most 90 MB), where autograd would keep every layer, the 13 GB that were to be saved.
 """
 import functools
+import importlib.util
 import json
 import re
 
@@ -95,6 +96,9 @@ def quantize_absmax(absmax: torch.Tensor):
 
 def dequantize_nf4(packed, absmax, shape, dtype) -> torch.Tensor:
     """The inverse: packed (n / 2, 1), absmax (n / 64,) float32 -> `shape`, in `dtype`. level * absmax, rounded once."""
+    if packed.is_cuda and importlib.util.find_spec("triton"):
+        import nf4_triton
+        return nf4_triton.dequantize(packed, absmax, shape, dtype)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     codes, flat = packed.view(-1).view(torch.uint16), out.view(-1)  # four codes each
     table, index, levels = workspace(packed.device)
@@ -184,7 +188,7 @@ class Int8Linear(LowBitLinear):
         return cls(like, *quantize_int8(w))
 
     def dequantize(self, dtype=torch.float32):
-        return (self.weight.float() * (self.scale / 127)[:, None]).to(dtype)
+        return (self.weight * (self.scale / 127)[:, None]).to(dtype)
 
     # A code is exact in 16 bit, and one scale serves a whole row: it can wait until after the product (before it, in
     # backward). Half the work of dequantising, and one rounding less. Not in float16: codes up to 127 would overflow it.
@@ -267,6 +271,8 @@ def from_checkpoint(like: nn.Module, weight: torch.Tensor, parts: dict) -> LowBi
     if "bitsandbytes__nf4" not in parts:
         raise ValueError(f"it has neither a quant_state of nf4 nor SCB beside it, only {', '.join(sorted(parts))}")
     state = json.loads(bytes(parts["bitsandbytes__nf4"].tolist()))
+    if not isinstance(state, dict):
+        raise ValueError("its quant_state is no JSON object")
     wanted = {"quant_type": "nf4", "blocksize": BLOCK, "shape": [like.out_features, like.in_features]}
     if "nested_absmax" in parts:
         wanted["nested_blocksize"] = NESTED

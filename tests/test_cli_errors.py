@@ -132,8 +132,8 @@ TRAIN = {
     "64 does not divide": ("--bits 4 --amp --model narrow",
                            "narrow/model.safetensors: tensor transformer.h.0.attn.c_attn.weight: 1,200 weights are no "
                            "multiple of 64.*--bits 8 or 16"),
-    "NaN in 8 bit": ("--bits 8 --amp --model undefined", "undefined/.*: tensor transformer.h.2.attn.c_proj.*: .*not finite"),
-    "NaN in 4 bit": ("--bits 4 --amp --model undefined", "undefined/.*: tensor transformer.h.2.attn.c_proj.*: .*not finite"),
+    "NaN in 8 bit": ("--bits 8 --amp --model undefined", "undefined/.*transformer.h.2.attn.c_proj.weight: .*not finite"),
+    "NaN in 4 bit": ("--bits 4 --amp --model undefined", "undefined/.*transformer.h.2.attn.c_proj.weight: .*not finite"),
     "infinity in 8 bit": ("--bits 8 --amp --model infinite", "tensor transformer.h.2.attn.c_proj.weight: .*not finite"),
     "infinity in 4 bit": ("--bits 4 --amp --model infinite", "tensor transformer.h.2.attn.c_proj.weight: .*not finite"),
     "GPTQ": ("--model gptq", r"gptq/config.json: the weights are quantised \(gptq\).*--bits 4"),

@@ -8,9 +8,9 @@ hands a part of that on to the next step. Each relative difference is held twice
     MEAN  the signed mean        observed 1.2e-7. Rounding falls to both sides and cancels; a bug such as a label counted
                                  twice pushes every step the same way, and shows here while it is still below MAX.
 
-Over weights in 8 and 4 bits products are in bfloat16, whose 8 bits of mantissa round 65,000 times as coarsely, and a batch
-of another shape is summed, so rounded, in another order. Observed: any loss 6e-4, any gradient norm 9e-3; the means 8e-5
-and 2.4e-3 (llama-4bit, of six steps). HALF allows some five times that. What leaves the shapes is held to MAX there too.
+Over weights in 8 and 4 bits the products are in bfloat16, which rounds 65,000 times as coarsely, and a batch of another
+shape is summed, so rounded, in another order. Observed in llama-4bit: any loss 6e-4, any gradient norm 9e-3; means 8e-5 and
+2.4e-3. HALF allows some five times that. What leaves the shapes as they are is held to MAX and MEAN there too.
 
     python tests/test_invariance.py [CASE ...]    records tests/reference/trajectories.json anew (after a wanted change)
 """
