@@ -96,7 +96,7 @@ def quantize_absmax(absmax: torch.Tensor):
 
 def dequantize_nf4(packed, absmax, shape, dtype) -> torch.Tensor:
     """The inverse: packed (n / 2, 1), absmax (n / 64,) float32 -> `shape`, in `dtype`. level * absmax, rounded once."""
-    if packed.is_cuda and importlib.util.find_spec("triton"):
+    if packed.is_cuda and has_triton():
         import nf4_triton
         return nf4_triton.dequantize(packed, absmax, shape, dtype)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
@@ -111,6 +111,11 @@ def dequantize_nf4(packed, absmax, shape, dtype) -> torch.Tensor:
         x *= absmax[i // BLOCK:(i + n) // BLOCK, None]
         flat[i:i + n] = x.view(-1)
     return out
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
