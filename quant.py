@@ -124,7 +124,7 @@ def workspace(device):
     their four levels, in a complex number of 16 bytes; room for a chunk (fresh memory costs as much time as the work)."""
     code = torch.arange(65536)[:, None] >> torch.tensor([4, 0, 12, 8]) & 15
     table = NF4[code].view(torch.complex128).view(-1).to(device)
-    return table, torch.empty(CHUNK // 4, dtype=torch.int64, device=device), torch.empty_like(table[:CHUNK // 4])
+    return table, torch.empty(CHUNK // 4, dtype=torch.int64, device=device), table.new_empty(CHUNK // 4)
 
 
 # ---------------------------------------------------------------------------------------------- layers
