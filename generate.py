@@ -109,8 +109,8 @@ def main(argv=None):
     p.add_argument("--temperature", type=float, default=0.7, help="0: always the most likely token")
     p.add_argument("--top-p", type=float, default=0.9)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--bits", type=int, choices=(32, 16, 8, 4), help="how the weights are held (default: as stored, or as the "
-                   "adapter was trained if in 8 or 4, else 32)")
+    p.add_argument("--bits", type=int, choices=(32, 16, 8, 4), help="how the weights are held (default: as stored, or as "
+                   "the adapter was trained if in 8 or 4, else 32)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     a = p.parse_args(argv)
     if a.prompt is not None and not a.raw and not a.prompt.strip():  # its template alone would get an answer

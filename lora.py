@@ -228,7 +228,10 @@ def of_layer(config: dict, name: str) -> tuple[int, float]:
 
 def trained_with(folder) -> tuple[str, int | None]:
     """How an adapter started ("default", "loftq", "pissa"), and over how many bits; None where the file does not say."""
-    with weights.opened(Path(folder) / "adapter_model.safetensors") as f:
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():  # load() says what is missing
+        return "default", None
+    with weights.opened(path) as f:
         about = f.metadata() or {}
     return about.get("init", "default"), int(about["bits"]) if "bits" in about else None
 

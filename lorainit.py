@@ -137,9 +137,9 @@ def top_left(R: torch.Tensor, r: int) -> torch.Tensor:
     span, X = R.new_empty(len(R), 0), torch.randn(R.shape[1], width, generator=rng).to(R.device)
     for _ in range(STEPS):
         X = R @ X
-        for _ in range(2):  # twice is enough, once is not: what is left of X is small beside what was taken from it
-            X = torch.linalg.qr(X - span @ (span.t() @ X))[0]
+        X = torch.linalg.qr(X - span @ (span.t() @ X))[0]
         span = torch.cat([span, X], 1)
         X = R.t() @ X
+    span = torch.linalg.qr(span)[0]  # rounding, or a matrix of small rank, has left it not quite orthogonal
     P = (span.t() @ R).double()
     return span @ torch.linalg.eigh(P @ P.t())[1][:, -r:].float()

@@ -79,11 +79,11 @@ def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
-def write(merge: Merge, folder: Path, dtype: str, limit: int = SHARD) -> int:
+def write(merge: Merge, folder: Path, dtype: str) -> int:
     """The merged weights as Hugging Face files: one, or shards and their index. Returns the bytes of the weights."""
     kind = weights.DTYPES[dtype]
     sizes = {n: shape.numel() * kind.itemsize for n, shape in merge.shapes.items()}
-    groups, where = shards(sizes, limit), {}
+    groups, where = shards(sizes, SHARD), {}
     bar = tqdm(total=len(sizes), desc="merging", unit="tensor", disable=not sys.stderr.isatty())
     for i, names in enumerate(groups):
         file = "model.safetensors" if len(groups) == 1 else f"model-{i + 1:05}-of-{len(groups):05}.safetensors"

@@ -59,8 +59,8 @@ class TrainConfig:
     lora_targets: str = option(None, "lora", "layers with an adapter, such as q_proj,v_proj or c_attn or all (default: Q "
                                "and V; all for gpt2-nano)", type=str)
     rslora: bool = option(False, "lora", "scale by alpha / sqrt(r) instead")
-    lora_init: str = option("default", "lora", "where adapters start: at nothing, at the correction of the rounding to 8 or 4 "
-                            "bits (loftq), at the weights' largest directions (pissa)", choices=lorainit.INITS)
+    lora_init: str = option("default", "lora", "where adapters start: at nothing, at the error of rounding to 8 or 4 bits "
+                            "(loftq), at the weights' largest directions (pissa)", choices=lorainit.INITS)
     full: bool = option(False, "lora", "train every weight, no adapters")
     data: str = option(None, "data", "JSON, JSONL, CSV or TXT file (default: the bundled assets/support.jsonl)", type=str)
     val_data: str = option(None, "data", "held-out file (default: val-frac of --data; the bundled data brings its own)",
