@@ -109,13 +109,17 @@ def main(argv=None):
     p.add_argument("--temperature", type=float, default=0.7, help="0: always the most likely token")
     p.add_argument("--top-p", type=float, default=0.9)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--bits", type=int, choices=(32, 16, 8, 4), help="how the weights are held (default: as stored, or 32)")
+    p.add_argument("--bits", type=int, choices=(32, 16, 8, 4), help="how the weights are held (default: as stored, or as "
+                   "the adapter was trained if in 8 or 4, else 32)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     a = p.parse_args(argv)
     if a.prompt is not None and not a.raw and not a.prompt.strip():  # its template alone would get an answer
         raise UserError("--prompt is empty: there is nothing to reply to")
-    bits = a.bits or weights.stored_bits(weights.find(a.model)) or 32
-    model = weights.load(a.model, bits=bits, device=weights.usable_device(a.device))
+    bits = a.bits or weights.stored_bits(weights.find(a.model))
+    if not bits and a.adapter:
+        _, trained = lora.trained_with(a.adapter)
+        bits = trained if trained in (8, 4) else None
+    model = weights.load(a.model, bits=bits or 32, device=weights.usable_device(a.device))
     tokenizer = data.load_tokenizer(a.model)
     template = data.load_template("auto", tokenizer)
     if a.adapter:

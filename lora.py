@@ -19,18 +19,19 @@ stacked (2r, in) and whose B is block diagonal, with nothing in k's rows:
 
 Usage: python lora.py merge --model M --adapter DIR --out DIR [--dtype float32]       R below is the rank as saved.
 """
-import argparse
 import json
 import math
 import re
-import shutil
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lorainit
+import quant
 import weights
 from weights import UserError
 
@@ -38,19 +39,33 @@ from weights import UserError
 class LoRALinear(nn.Module):
     """A frozen linear layer and its adapter. `parts`: the row ranges of W with an adapter each, or None for all of W."""
 
-    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, parts=None):
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, parts=None,
+                 device=None):
         super().__init__()
         self.base_layer = base
         self.r, self.alpha, self.dropout, self.rslora, self.parts = r, alpha, dropout, rslora, parts
         # rsLoRA (arXiv:2312.03732): alpha / sqrt(r) keeps the adapter's output the same size at every rank.
         self.scale = alpha / math.sqrt(r) if rslora else alpha / r
         rows = [base.parts[p] for p in parts] if parts else [base.out_features]
-        device = base.weight.device
+        device = device or base.weight.device
         # Always float32: an update of 1e-4 to a bfloat16 weight of 0.05 rounds to nothing, and training stands still.
         self.lora_A = nn.Parameter(torch.empty(r * len(rows), base.in_features, device=device))
         self.lora_B = nn.ParameterList(torch.zeros(n, r, device=device) for n in rows)
         for a in self.lora_A.split(r):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as PEFT and the authors' code do
+        # Where training starts when that is not B = 0: (R, in) and (out, R), see lorainit.py.
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+
+    def keep_start(self, A, B):
+        self.start_A, self.start_B = (t.detach().to(self.lora_A.device, copy=True) for t in (A, B))
+
+    def rows(self) -> list[slice]:
+        """The rows of W that each of lora_B's matrices adds to."""
+        if not self.parts:
+            return [slice(None)]
+        ends = dict(zip(self.base_layer.parts, accumulate(self.base_layer.parts.values())))
+        return [slice(ends[p] - self.base_layer.parts[p], ends[p]) for p in self.parts]
 
     def B(self):
         """The whole (out, R) matrix: block diagonal over the parts, zero rows for parts without an adapter."""
@@ -67,8 +82,15 @@ class LoRALinear(nn.Module):
         return torch.addmm(h.flatten(0, -2), z.flatten(0, -2), B, alpha=self.scale).view_as(h)  # h + scale z B^T
 
     def delta(self):
-        """(alpha / r) B A, laid out like the base weight."""
-        d = self.scale * (self.B() @ self.lora_A)  # (out, in)
+        """(alpha / r) B A, laid out like the checkpoint's weight."""
+        return self.product(self.B(), self.lora_A)
+
+    def start_delta(self):
+        """(alpha / r) B0 A0, which is no part of what was learned; 0 for an adapter that started at B = 0."""
+        return torch.zeros(()) if self.start_A is None else self.product(self.start_B, self.start_A)
+
+    def product(self, B, A):
+        d = self.scale * (B @ A)  # (out, in)
         return d.t() if getattr(self.base_layer, "fan_in_fan_out", False) else d
 
     @property
@@ -92,12 +114,14 @@ def is_linear(module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets=None, rslora: bool = False):
+def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets=None, rslora: bool = False,
+           init: str = "default"):
     """Put adapters on the linear layers that `targets` names and freeze every other weight.
 
     targets: names such as ["q_proj", "v_proj"] or ["c_attn"] (a layer matches when its name ends so), ["c_attn.q"] for
-    one part of a fused matrix, "all" for every linear layer of the blocks; None for Q and V. Returns the model.
-    Raises UserError for r < 1, dropout outside [0, 1) and a target that matches nothing.
+    one part of a fused matrix, "all" for every linear layer of the blocks; None for Q and V.
+    init: "default", "loftq" or "pissa", see lorainit.py. Returns the model.
+    Raises UserError for r < 1, dropout outside [0, 1), a target that matches nothing, an init that cannot be.
     """
     if r < 1:
         raise UserError(f"--lora-r {r}: the rank must be at least 1 (or train every weight with --full)")
@@ -105,6 +129,8 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
         raise UserError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise UserError("this model has adapters already; merge them first")
+    if init != "default":
+        lorainit.check(init, model.bits, weights.stored_bits(weights.find(model.source)), alpha)
     model.requires_grad_(False)
     linears = {n: m for n, m in model.named_modules() if is_linear(m)}
     chosen: dict[str, set] = {}  # layer name -> its parts; {None} is the whole layer
@@ -119,6 +145,7 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
     for name, parts in chosen.items():
         parts = None if None in parts else tuple(p for p in linears[name].parts if p in parts)  # in the matrix's order
         replace(model, name, LoRALinear(linears[name], r, alpha, dropout, rslora, parts))
+    lorainit.start(model, adapters(model), init)
     return model
 
 
@@ -144,17 +171,26 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 # ---------------------------------------------------------------------------------------------- PEFT's files
 
 def save(model: nn.Module, folder):
-    """Write adapter_model.safetensors and adapter_config.json as PEFT does. Only the adapters: MBs, not GBs."""
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does. Only the adapters: MBs, not GBs.
+
+    A pissa adapter is written as what it adds to the *original* weights, s (B A - B0 A0), which is an adapter of twice
+    the rank, [B, -B0] times [A; A0]. A loftq adapter belongs to the quantised base and is written as it is; its
+    start, which merging needs, goes to start.safetensors.
+    """
     found = adapters(model)
     if not found:
         raise UserError(f"{folder}: nothing to save, the model has no adapters")
-    tensors, ranks, alphas = {}, {}, {}
+    tensors, starts, ranks, alphas = {}, {}, {}, {}
     for name, m in found.items():
-        ranks[name] = rank = m.lora_A.shape[0]  # r, or r * number of parts; alpha grows so that the scale stays
+        key = f"base_model.model.{weights.checkpoint_name(model, name)}.lora_"
+        A, B = m.lora_A, m.B()
+        if model.lora_init == "pissa":
+            A, B = torch.cat([A, m.start_A]), torch.cat([B, -m.start_B], 1)
+        elif m.start_A is not None:
+            starts |= {f"{key}A.weight": m.start_A, f"{key}B.weight": m.start_B}
+        tensors |= {f"{key}A.weight": A, f"{key}B.weight": B}
+        ranks[name] = rank = len(A)  # r times the number of parts, and 2 for pissa; alpha grows so that the scale stays
         alphas[name] = m.scale * (math.sqrt(rank) if m.rslora else rank)
-        key = f"base_model.model.{weights.checkpoint_name(model, name)}"
-        tensors[f"{key}.lora_A.weight"] = m.lora_A
-        tensors[f"{key}.lora_B.weight"] = m.B()
     first, one = next(iter(found.items()))
     r, alpha = ranks[first], alphas[first]
     config = {
@@ -167,20 +203,19 @@ def save(model: nn.Module, folder):
         "fan_in_fan_out": getattr(one.base_layer, "fan_in_fan_out", False), "inference_mode": True,
         "init_lora_weights": True,
     }
-    # PEFT ignores a file's metadata; load() finds there which parts a fused matrix's adapter is made of.
-    parts = json.dumps({n: m.parts for n, m in found.items() if m.parts})
-    weights.write_tensors(Path(folder) / "adapter_model.safetensors", tensors, {"parts": parts})
+    # PEFT ignores a file's metadata. Here it tells which parts a fused matrix's adapter is made of, and the base.
+    about = {"parts": json.dumps({n: m.parts for n, m in found.items() if m.parts}), "init": model.lora_init}
+    if hasattr(model, "bits"):
+        about["bits"] = str(model.bits)
+    if starts:
+        weights.write_tensors(Path(folder) / "start.safetensors", starts)
+    weights.write_tensors(Path(folder) / "adapter_model.safetensors", tensors, about)
     weights.write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 # adapter_config.json options that change the arithmetic and are not implemented: refused unless switched off.
 UNSUPPORTED = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication",
                "use_qalora", "alora_invocation_tokens", "target_parameters")
-
-
-def first_row(base: nn.Module, part: str) -> int:
-    names = list(base.parts)
-    return sum(base.parts[p] for p in names[:names.index(part)])
 
 
 def of_layer(config: dict, name: str) -> tuple[int, float]:
@@ -191,10 +226,41 @@ def of_layer(config: dict, name: str) -> tuple[int, float]:
     return find("r", "rank_pattern"), find("lora_alpha", "alpha_pattern")
 
 
+def trained_with(folder) -> tuple[str, int | None]:
+    """How an adapter started ("default", "loftq", "pissa"), and over how many bits; None where the file does not say."""
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():  # load() says what is missing
+        return "default", None
+    with weights.opened(path) as f:
+        about = f.metadata() or {}
+    return about.get("init", "default"), int(about["bits"]) if "bits" in about else None
+
+
 def load(model: nn.Module, folder):
     """Inject the adapters that `folder` holds (PEFT's layout, written here or by PEFT) and load them. Returns the model.
 
     Strict both ways: every tensor must find its layer and every layer both of its tensors. Raises UserError.
+    """
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise UserError("this model has adapters already; merge them first")
+    found = read(model, folder)
+    init, bits = trained_with(folder)
+    if init == "loftq" and bits != model.bits:
+        raise UserError(f"{folder} corrects the rounding of {bits}-bit weights (--lora-init loftq), and these have "
+                        f"{model.bits}: load the model with --bits {bits}, or merge (python lora.py merge)")
+    if init == "pissa":
+        lorainit.check(init, model.bits, weights.stored_bits(weights.find(model.source)))
+    model.requires_grad_(False)
+    for name, m in found.items():
+        replace(model, name, m)
+    lorainit.restore(model, found, init)
+    return model
+
+
+def read(model: nn.Module, folder, device=None) -> dict[str, LoRALinear]:
+    """The adapters in `folder`, checked against the model's layers but not put there: layer name -> LoRALinear.
+
+    device: where they go (default: where their layers are; a model without storage will do). Raises UserError.
     """
     folder = Path(folder)
     config, path = weights.read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
@@ -205,15 +271,46 @@ def load(model: nn.Module, folder):
             raise UserError(f"{folder / 'adapter_config.json'}: option {key}: {config[key]!r} is not implemented")
     if config.get("bias", "none") != "none":
         raise UserError(f"{folder / 'adapter_config.json'}: bias {config['bias']!r} is not implemented (only none)")
-    if any(isinstance(m, LoRALinear) for m in model.modules()):
-        raise UserError("this model has adapters already; merge them first")
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickle weights are not loaded; save the adapter as safetensors")
-    with weights.opened(path) as f:
-        names = f.keys()
-        tensors = {k: f.get_tensor(k).float() for k in names}
-        all_parts = json.loads((f.metadata() or {}).get("parts", "{}"))
     linears = {n: m for n, m in model.named_modules() if is_linear(m)}
+    found, about = read_factors(model, path, linears)
+    all_parts, init = json.loads(about.get("parts", "{}")), about.get("init", "default")
+    starts = read_factors(model, folder / "start.safetensors", linears)[0] if init == "loftq" else {}
+    targets = config.get("target_modules")
+    for name in linears if isinstance(targets, list) and not config.get("layers_to_transform") else ():
+        if name not in found and any(name == t or name.endswith("." + t) for t in targets):
+            raise UserError(f"{path}: layer {name} has no adapter, though adapter_config.json's target_modules names it")
+    modules = {}
+    for name, (a, b) in found.items():
+        base, parts = linears[name], tuple(all_parts.get(name, ())) or None
+        rank, alpha = of_layer(config, weights.checkpoint_name(model, name))
+        n = (len(parts) if parts else 1) * (2 if init == "pissa" else 1)
+        if len(a) != rank or rank % n:
+            raise UserError(f"{path}: layer {name} has rank {len(a)}, adapter_config.json says {rank}"
+                            + (f"; it must be a multiple of {n}" if n > 1 else ""))
+        rslora = config.get("use_rslora", False)
+        alpha /= math.sqrt(n) if rslora else n  # as saved, it is for the whole rank
+        m = LoRALinear(base, rank // n, alpha, config.get("lora_dropout", 0.0), rslora, parts, device)
+        if init == "pissa":
+            (a, a0), (b, b0) = a.chunk(2), b.chunk(2, 1)
+            m.keep_start(a0, -b0)
+        elif name in starts:
+            m.keep_start(*starts[name])
+        with torch.no_grad():
+            m.lora_A.copy_(a)
+            for rows, own, columns in zip(m.rows(), m.lora_B, b.split(m.r, 1)):
+                own.copy_(columns[rows])
+        if not torch.equal(m.B().cpu(), b):
+            raise UserError(f"{path}: layer {name}: B is not block diagonal over {', '.join(parts)}")
+        modules[name] = m
+    return modules
+
+
+def read_factors(model: nn.Module, path: Path, linears: dict) -> tuple[dict, dict]:
+    """A file of adapters -> {layer name: (A (R, in), B (out, R))} in float32, and the file's metadata."""
+    with weights.opened(path) as f:
+        tensors, about = {k: f.get_tensor(k).float() for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (no dict)
     places = {f"base_model.model.{weights.checkpoint_name(model, n)}": n for n in linears}
     found: dict[str, dict] = {}
     for key, tensor in tensors.items():
@@ -223,35 +320,16 @@ def load(model: nn.Module, folder):
         found.setdefault(places[layer], {})[kind] = tensor
     if not found:
         raise UserError(f"{path}: the adapter is empty")
-    targets = config.get("target_modules")
-    for name in linears if isinstance(targets, list) and not config.get("layers_to_transform") else ():
-        if name not in found and any(name == t or name.endswith("." + t) for t in targets):
-            raise UserError(f"{path}: layer {name} has no adapter, though adapter_config.json's target_modules names it")
-    model.requires_grad_(False)
     for name, ab in found.items():
-        base, parts = linears[name], tuple(all_parts.get(name, ())) or None
+        base = linears[name]
         if len(ab) != 2:
             raise UserError(f"{path}: layer {name} has {' and '.join(ab)} only")
         a, b = ab["lora_A"], ab["lora_B"]
-        if a.dim() != 2 or b.shape != (base.out_features, a.shape[0]) or a.shape[1] != base.in_features:
+        if a.dim() != 2 or b.shape != (base.out_features, len(a)) or a.shape[1] != base.in_features:
             raise UserError(f"{path}: layer {name} is ({base.out_features}, {base.in_features}), "
                             f"its adapter B {list(b.shape)}, A {list(a.shape)}")
-        rank, alpha = of_layer(config, weights.checkpoint_name(model, name))
-        if a.shape[0] != rank:
-            raise UserError(f"{path}: layer {name} has rank {a.shape[0]}, adapter_config.json says {rank}")
-        n_parts = len(parts) if parts else 1
-        rslora = config.get("use_rslora", False)
-        alpha /= math.sqrt(n_parts) if rslora else n_parts  # as saved, it is for the whole rank
-        module = LoRALinear(base, a.shape[0] // n_parts, alpha, config.get("lora_dropout", 0.0), rslora, parts)
-        with torch.no_grad():
-            module.lora_A.copy_(a)
-            for i, own in enumerate(module.lora_B):
-                start = first_row(base, parts[i]) if parts else 0
-                own.copy_(b[start:start + own.shape[0], i * module.r:(i + 1) * module.r])
-        if not torch.equal(module.B().cpu(), b):
-            raise UserError(f"{path}: layer {name}: B is not block diagonal over {', '.join(parts)}")
-        replace(model, name, module)
-    return model
+        found[name] = a, b
+    return found, about
 
 
 # ---------------------------------------------------------------------------------------------- merging
@@ -263,6 +341,9 @@ def merge(model: nn.Module):
     a 16-bit W would round the small delta away, another model than the one that was trained. Returns the model.
     """
     for name, m in adapters(model).items():
+        if isinstance(m.base_layer, quant.LowBitLinear):
+            raise UserError(f"{name} is held in {model.bits} bit, which would round the adapter away; python lora.py merge "
+                            f"takes the weights as they were before")
         if m.base_layer.weight.dtype != torch.float32:
             raise UserError(f"{name} is held in {str(m.base_layer.weight.dtype).removeprefix('torch.')}: merging into it "
                             f"would not be exact; load the model with bits=32 and its adapter, then merge")
@@ -276,22 +357,8 @@ def merge(model: nn.Module):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="lora.py", description="Merge an adapter into its model: a plain Hugging Face folder.")
-    sub = p.add_subparsers(dest="command", required=True)
-    m = sub.add_parser("merge", help="write the merged model")
-    m.add_argument("--model", required=True, help="short name, hub repository or folder of the base model")
-    m.add_argument("--adapter", required=True, help="folder with adapter_model.safetensors and adapter_config.json")
-    m.add_argument("--out", required=True, help="folder to write; must not exist")
-    m.add_argument("--dtype", choices=weights.DTYPES, default="float32", help="type of the written weights")
-    a = p.parse_args(argv)
-    with weights.new_folder(a.out) as tmp:
-        model = merge(load(weights.load(a.model, bits=32), a.adapter))
-        for f in weights.TOKENIZER_FILES:  # the template and the end token that the adapter was trained with
-            if (Path(a.adapter) / f).is_file():
-                shutil.copyfile(Path(a.adapter) / f, tmp / f)
-        weights.save(model, tmp, a.dtype)
-        size = (tmp / "model.safetensors").stat().st_size
-    print(f"{a.out}: merged model, {size / 1e6:,.1f} MB in {a.dtype}")
+    import merging  # the command; it imports this file
+    merging.main(argv)
 
 
 if __name__ == "__main__":

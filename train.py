@@ -29,6 +29,7 @@ from tqdm import tqdm
 import data
 import generate
 import lora
+import lorainit
 import memory
 import record
 import weights
@@ -58,6 +59,8 @@ class TrainConfig:
     lora_targets: str = option(None, "lora", "layers with an adapter, such as q_proj,v_proj or c_attn or all (default: Q "
                                "and V; all for gpt2-nano)", type=str)
     rslora: bool = option(False, "lora", "scale by alpha / sqrt(r) instead")
+    lora_init: str = option("default", "lora", "where adapters start: at nothing, at the error of rounding to 8 or 4 bits "
+                            "(loftq), at the weights' largest directions (pissa)", choices=lorainit.INITS)
     full: bool = option(False, "lora", "train every weight, no adapters")
     data: str = option(None, "data", "JSON, JSONL, CSV or TXT file (default: the bundled assets/support.jsonl)", type=str)
     val_data: str = option(None, "data", "held-out file (default: val-frac of --data; the bundled data brings its own)",
@@ -106,7 +109,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         if (value := getattr(cfg, name)) is not None and not 0 <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must not be negative")
     if cfg.full:
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora"):
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "lora_init"):
             if getattr(cfg, name) != getattr(default, name):
                 raise UserError(f"--{name.replace('_', '-')} has no effect with --full, which trains the weights themselves")
         if cfg.bits in (8, 4) or cfg.bits == 16 and cfg.optimizer != "offload_adamw":
@@ -138,6 +141,7 @@ def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
     bits = cfg.bits or stored or (16 if cfg.amp and (not cfg.full or cfg.optimizer == "offload_adamw") else 32)
     if bits < 32 and not cfg.amp:
         raise UserError(f"--bits {bits} needs --amp: such weights are multiplied in 16 bit")
+    lorainit.check(cfg.lora_init, bits, stored, cfg.lora_alpha)
     return bits
 
 
@@ -231,7 +235,8 @@ def main(cfg: TrainConfig) -> dict:
         model.requires_grad_(True)
     else:
         targets = cfg.lora_targets.split(",") if cfg.lora_targets else None
-        lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora)
+        init = "default" if cfg.resume else cfg.lora_init  # the start comes with the state
+        lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora, init)
     model.ckpt_every, model.ckpt_offload = cfg.ckpt_every, cfg.ckpt_offload
     if cfg.ckpt_offload and torch.device(cfg.device).type != "cuda":
         print(f"--ckpt-offload: on {cfg.device} host and device memory are the same; nothing moves, nothing is saved")
@@ -432,6 +437,9 @@ class Run:
         for n, p in self.trainable.items():
             for key, value in self.optimizer.state[p].items():
                 tensors[f"optimizer/{key}/{n}"] = value
+        for n, m in lora.adapters(self.model).items():
+            if m.start_A is not None:
+                tensors |= {f"start/{n}.A": m.start_A, f"start/{n}.B": m.start_B}
         tensors["rng/cpu"] = torch.get_rng_state()
         if torch.device(self.cfg.device).type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.cfg.device)
@@ -450,6 +458,10 @@ class Run:
                     if f"optimizer/step/{n}" in names:  # (not if every step so far was skipped)
                         for key, value in self.optimizer.init_state(p).items():
                             value.copy_(f.get_tensor(f"optimizer/{key}/{n}"))
+            for n, m in lora.adapters(self.model).items():
+                if f"start/{n}.A" in names:
+                    m.keep_start(f.get_tensor(f"start/{n}.A"), f.get_tensor(f"start/{n}.B"))
+            lorainit.restore(self.model, lora.adapters(self.model), self.cfg.lora_init)
             torch.set_rng_state(f.get_tensor("rng/cpu"))
             if "rng/cuda" in names and torch.device(self.cfg.device).type == "cuda":
                 torch.cuda.set_rng_state(f.get_tensor("rng/cuda"), self.cfg.device)

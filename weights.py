@@ -234,25 +234,15 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     with torch.device("meta"), NoInit():
         model = model_class(config)  # shapes, no storage
     dtype = torch.float32 if bits == 32 else half_dtype(device)
-    expected = {n: p.shape for n, p in model.named_parameters()}  # a tied head is listed once, as the embedding
-    low_bit = {f"{n}.weight" for n, m in model.named_modules() if hasattr(m, "in_features") and n != "lm_head"}
+    low_bit = low_bit_weights(model)
     files = {key: path for path in weight_files(folder) for key in tensor_names(path)}
-    seen, used = set(), set()
-    head = None
-    for key, path in files.items():
-        if key.endswith(NOT_WEIGHTS) or stored and quant.belongs_to(key) in files:
-            continue
-        n = key.removeprefix(model.prefix)
-        tied_head = n == "lm_head.weight" and config.tied_head
-        if n not in expected and not tied_head:
-            raise UserError(f"{path}: unexpected tensor {key}, which {folder / 'config.json'} has no place for")
-        tensor, shape = read_tensor(path, key), model.lm_head.weight.shape if tied_head else expected[n]
+    head, used = None, set()
+    for n, (path, key, shape) in places(model, folder, files, stored).items():
+        tensor = read_tensor(path, key)
         coded = stored and n in low_bit and not tensor.is_floating_point()
-        if not coded and tensor.shape != shape:
-            raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-        if not coded and not tensor.is_floating_point():
-            raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; quantised how? config.json does not say")
-        if tied_head:  # some files store the tied matrix twice; it must be the same one
+        if not coded:
+            check_tensor(tensor, path, key, shape)
+        if n == "lm_head.weight" and config.tied_head:  # some files store the tied matrix twice; it must be the same one
             head = tensor.to(device, dtype)
         elif coded or bits < 16 and not stored and n in low_bit:
             owner, _, leaf = n.removesuffix(".weight").rpartition(".")
@@ -272,18 +262,74 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
         else:
             set_parameter(model, n, tensor.to(device, dtype))
         del tensor  # before the next one is read
-        seen.add(n)
-    if missing := [n for n in expected if n not in seen]:
-        raise UserError(f"{folder}: tensor {missing[0]} of shape {list(expected[missing[0]])} is missing"
-                        + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
     if extra := [k for k in files if stored and quant.belongs_to(k) in files and k not in used]:
         raise UserError(f"{files[extra[0]]}: unexpected tensor {extra[0]}: its weight is not quantised")
     model.tie()
     if head is not None and not torch.equal(head, model.lm_head.weight):
         raise UserError(f"{folder}: lm_head.weight differs from the embedding, but config.json ties them; "
                         f"set \"tie_word_embeddings\": false in it")
-    model.source = str(name)  # adapter_config.json records it
+    model.source, model.bits = str(name), bits  # an adapter's files record them
     return model
+
+
+def low_bit_weights(model: nn.Module) -> set[str]:
+    """What 8 and 4 bits are for: the weights of all linear layers but the head."""
+    return {f"{n}.weight" for n, m in model.named_modules() if hasattr(m, "in_features") and n != "lm_head"}
+
+
+def places(model: nn.Module, folder: Path, files: dict, stored: int | None) -> dict[str, tuple[Path, str, torch.Size]]:
+    """Where each weight of `model` is: its name -> (file, its name there, shape). files: tensor name there -> file.
+
+    A tied head is listed as the embedding, and as the head too if the file has it. Raises UserError: missing, unexpected.
+    """
+    expected = {n: p.shape for n, p in model.named_parameters()}  # a tied head is listed once, as the embedding
+    where = {}
+    for key, path in files.items():
+        if key.endswith(NOT_WEIGHTS) or stored and quant.belongs_to(key) in files:
+            continue
+        n = key.removeprefix(model.prefix)
+        tied_head = n == "lm_head.weight" and model.config.tied_head
+        if n not in expected and not tied_head:
+            raise UserError(f"{path}: unexpected tensor {key}, which {folder / 'config.json'} has no place for")
+        where[n] = path, key, model.lm_head.weight.shape if tied_head else expected[n]
+    if missing := [n for n in expected if n not in where]:
+        raise UserError(f"{folder}: tensor {missing[0]} of shape {list(expected[missing[0]])} is missing"
+                        + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
+    return where
+
+
+def check_tensor(tensor: torch.Tensor, path: Path, key: str, shape: torch.Size):
+    if tensor.shape != shape:
+        raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+    if not tensor.is_floating_point():
+        raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; quantised how? config.json does not say")
+
+
+class Checkpoint:
+    """A model's weights as they were before any rounding to fewer bits, read one at a time and not kept.
+
+    `model` has their shapes and no storage. Raises UserError for a checkpoint that is quantised: they are not in it.
+    """
+
+    def __init__(self, name: str):
+        self.folder = find(str(name))
+        config, model_class, self.raw_config = read_config(self.folder)
+        if stored := stored_bits(self.folder):
+            raise UserError(f"{self.folder} holds its weights in {stored} bit only, and this needs them in full precision; "
+                            f"give the model that it was made from")
+        with torch.device("meta"), NoInit():
+            self.model = model_class(config)
+        files = {key: path for path in weight_files(self.folder) for key in tensor_names(path)}
+        self.places = places(self.model, self.folder, files, None)
+        head = self.model.lm_head.weight
+        self.head = next(n for n, p in self.model.named_parameters() if p is head)  # the embedding, if they are tied
+
+    def read(self, name: str) -> torch.Tensor:
+        """A parameter by its name in the model, float32, laid out as in the file (Conv1D's transposed)."""
+        path, key, shape = self.places[self.head if name == "lm_head.weight" else name]
+        tensor = read_tensor(path, key)
+        check_tensor(tensor, path, key, shape)
+        return tensor.float()
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -332,7 +378,7 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
             t.fill_(1.0)
         set_parameter(model, n, t.to(device))
     model.tie()
-    model.source = str(name)
+    model.source, model.bits = str(name), 32
     return model
 
 
@@ -377,13 +423,17 @@ def save(model: nn.Module, folder, dtype: str = "float32", params: dict | None =
     """Write a model as a Hugging Face folder: model.safetensors, config.json, and its source's tokenizer files.
 
     params: {name: tensor} to write instead of the model's own parameters (the float32 masters of 16-bit weights)."""
-    folder, source = Path(folder), find(model.source)
-    raw = read_json(source / "config.json")
-    raw.pop("torch_dtype", None)
-    raw.update(dtype=dtype, tie_word_embeddings=model.config.tied_head)
-    params = params or dict(model.named_parameters())
+    folder, params = Path(folder), params or dict(model.named_parameters())
     tensors = {checkpoint_name(model, n): p.detach().to("cpu", DTYPES[dtype]) for n, p in params.items()}
     write_tensors(folder / "model.safetensors", tensors)
+    save_about(folder, find(model.source), dtype, model.config.tied_head)
+
+
+def save_about(folder: Path, source: Path, dtype: str, tied_head: bool):
+    """What a model folder has beside its weights: config.json and `source`'s tokenizer files, unless it has its own."""
+    raw = read_json(source / "config.json")
+    raw.pop("torch_dtype", None)
+    raw.update(dtype=dtype, tie_word_embeddings=tied_head)
     write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
     for f in TOKENIZER_FILES:
         if (source / f).is_file() and not (folder / f).exists():
