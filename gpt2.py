@@ -14,7 +14,7 @@ The 0.1 dropout of GPT-2's pretraining is not applied: fine-tuning regularises i
 What the activations cost. Backward needs, for each token and layer in 16 bit: the inputs of the two norms (4C bytes),
 the input of the adapter (2C), q, k, v (6C), attention's output (2C) and GELU's input (8C): 22C bytes. GPT-2 124M
 (C = 768, 12 layers), 4 x 512 tokens: 22 * 768 * 12 * 2048 = 415 MB, more than its 249 MB of weights. `ckpt_every`
-trades most of that for a second forward of the layer: a recomputed layer keeps its 2C bytes of input, no more.
+trades most of that for a second forward of the layer, which then keeps its 2C bytes of input, no more (checkpoint.py).
 
 Shapes: B batch, T time, C n_embd, H heads, D head_dim (C = H * D), F n_inner, V vocab.
 """
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from attention import attend
+from checkpoint import checkpoint
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.json -> F.gelu(approximate=)
 
@@ -127,14 +127,14 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 small to XL. See the design's "model's face": Config, hidden, head, forward, ckpt_every."""
+    """GPT-2 small to XL. See the design's "model's face": Config, hidden, head, forward, ckpt_every, ckpt_offload."""
 
     prefix = "transformer."  # newer checkpoints and PEFT adapters put this before every name
     default_targets = ("c_attn.q", "c_attn.v")
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.ckpt_every = config, 0
+        self.config, self.ckpt_every, self.ckpt_offload = config, 0, False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -167,7 +167,7 @@ class GPT2(nn.Module):
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.h):
             if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, segments, cache, use_reentrant=False)  # keep x, recompute the rest
+                x = checkpoint(block, x, segments, cache, offload=self.ckpt_offload)  # keep x, recompute the rest
             else:
                 x = block(x, segments, cache)
         return self.ln_f(x)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from attention import attend
+from checkpoint import checkpoint
 
 # config.json keys that do not change what the model computes when it runs or is fine-tuned.
 HARMLESS = set("""architectures model_type transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
@@ -242,14 +242,14 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The LLaMA family. See the design's "model's face": Config, hidden, head, forward, ckpt_every."""
+    """The LLaMA family. See the design's "model's face": Config, hidden, head, forward, ckpt_every, ckpt_offload."""
 
     prefix = ""  # the names below are the checkpoint's, whole
     default_targets = ("q_proj", "v_proj")
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.ckpt_every = config, 0
+        self.config, self.ckpt_every, self.ckpt_offload = config, 0, False
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
@@ -280,7 +280,7 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(ids)  # (B, T, C)
         for i, block in enumerate(self.model.layers):
             if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, segments, cache, use_reentrant=False)  # keep x, recompute the rest
+                x = checkpoint(block, x, cos, sin, segments, cache, offload=self.ckpt_offload)  # keep x, not the rest
             else:
                 x = block(x, cos, sin, segments, cache)
         return self.model.norm(x)

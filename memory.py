@@ -42,6 +42,10 @@ class Ledger(TorchDispatchMode):
     Every operator's outputs pass through __torch_dispatch__, in backward too. Views share their base's storage, so each
     storage is counted once, and a weak reference tells when the last tensor on it is gone. What an operator allocates
     and frees inside itself (a matrix product's scratch space) is not seen.
+
+    "optimizer" is all that the optimizer holds beside the model: states of 8 or 32 bits, and float32 masters (optim.py);
+    a master's gradient is a gradient. Nothing is left out for lying on another device: in a run on the CPU, where this is
+    used, the machine's memory is the memory. (On CUDA the allocator measures, and it counts the card alone.)
     """
 
     @classmethod
@@ -57,13 +61,18 @@ class Ledger(TorchDispatchMode):
         self.model, self.optimizer = model, optimizer
 
     def __enter__(self):
+        owner = getattr(self.optimizer, "master", lambda p: p)  # an offloaded gradient has left p when the hook runs
         lora = any(not p.requires_grad for p in self.model.parameters())
         for p in self.model.parameters():
             self.follow(p, "adapters" if lora and p.requires_grad else "weights")
             if p.requires_grad:
                 if p.grad is not None:
                     self.follow(p.grad, "gradients")
-                self.hooks.append(p.register_post_accumulate_grad_hook(lambda p: self.follow(p.grad, "gradients")))
+                self.hooks.append(p.register_post_accumulate_grad_hook(lambda p: self.follow(owner(p).grad, "gradients")))
+                if (master := owner(p)) is not p:
+                    self.follow(master, "optimizer")
+                    if master.grad is not None:
+                        self.follow(master.grad, "gradients")
         for scale in self.model.buffers():
             self.follow(scale, "weights")
         for state in self.optimizer.state.values() if self.optimizer else ():

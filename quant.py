@@ -23,6 +23,8 @@ that transformers wrote with it (the hub's *-bnb-4bit) loads as it is.
 Nothing dequantised is kept. Backward needs W once more, for dx = dy W, and dequantises again: a step holds one layer in 16
 bit at a time (LLaMA-7B: at most 90 MB), where autograd would keep every layer, the 13 GB that were to be saved.
 """
+import functools
+import importlib.util
 import json
 import re
 
@@ -30,10 +32,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from optim import dynamic_code
+
 BLOCK = 64  # weights to an absmax
 NESTED = 256  # absmax to a scale
-CHUNK = 2**20  # weights at a time: the temporaries of quantising and dequantising take some 10 MB, however large the layer
+CHUNK = 2**18  # weights at a time: the temporaries stay in the CPU's cache, however large the layer
 
+DYNAMIC = dynamic_code(signed=True)  # the 8-bit code of optim.py's states, which serves the absmax
 # arXiv:2305.14314, appendix E
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -44,23 +49,6 @@ NF4 = torch.tensor([
 def midpoints(code: torch.Tensor) -> torch.Tensor:
     """The borders between neighbours of a sorted code: what lies between two of them is nearest to the code there."""
     return (code[1:] + code[:-1]) / 2
-
-
-def dynamic_code(signed: bool = True) -> torch.Tensor:
-    """The 256 values of the "dynamic tree" code, sorted (8-bit Optimizers, arXiv:2110.02861, section 1.3).
-
-    In each of seven decades from 1e-7 to 1, the middles of 2^i equal parts, i = 0...6, of both signs (unsigned: of 2^(i + 1)
-    parts); 0; 1. A small number keeps its magnitude, a large one two digits; even steps would make 0 of all below 0.004.
-    """
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
-        middles = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += middles.tolist() + ((-middles).tolist() if signed else [])
-    return torch.tensor(sorted(values + [0.0] * (256 - len(values))))
-
-
-DYNAMIC = dynamic_code()
 
 
 # ---------------------------------------------------------------------------------------------- tensors
@@ -108,26 +96,35 @@ def quantize_absmax(absmax: torch.Tensor):
 
 def dequantize_nf4(packed, absmax, shape, dtype) -> torch.Tensor:
     """The inverse: packed (n / 2, 1), absmax (n / 64,) float32 -> `shape`, in `dtype`. level * absmax, rounded once."""
+    if packed.is_cuda and has_triton():
+        import nf4_triton
+        return nf4_triton.dequantize(packed, absmax, shape, dtype)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    flat, table = out.view(-1), table_of_four(packed.device)
+    codes, flat = packed.view(-1).view(torch.uint16), out.view(-1)  # four codes each
+    table, index, levels = workspace(packed.device)
     for i in range(0, len(flat), CHUNK):
-        # A lookup moves 16 bytes, the levels of four weights. PyTorch's gather is parallel over rows, so there are two.
-        index = packed.view(-1)[i // 2:(i + CHUNK) // 2].view(torch.uint16).long().view(2, -1)  # four codes each
-        levels = table.expand(2, -1).gather(1, index).view(torch.float32).view(-1, BLOCK)
-        levels *= absmax[i // BLOCK:i // BLOCK + len(levels), None]
-        flat[i:i + CHUNK] = levels.view(-1)
+        n = min(CHUNK, len(flat) - i)
+        # A lookup moves 16 bytes, the levels of four weights. In 16 rows, since PyTorch's gather gives a thread whole rows.
+        index[:n // 4] = codes[i // 4:(i + n) // 4]
+        torch.gather(table.expand(16, -1), 1, index[:n // 4].view(16, -1), out=levels[:n // 4].view(16, -1))
+        x = levels[:n // 4].view(torch.float32).view(-1, BLOCK)
+        x *= absmax[i // BLOCK:(i + n) // BLOCK, None]
+        flat[i:i + n] = x.view(-1)
     return out
 
 
-TABLES = {}
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
-def table_of_four(device) -> torch.Tensor:
-    """(65536,), 1 MB: for two bytes, read as one little-endian number, their four levels in a complex number of 16 bytes."""
-    if device not in TABLES:
-        byte = torch.arange(65536)[:, None] >> torch.tensor([4, 0, 12, 8]) & 15
-        TABLES[device] = NF4[byte].contiguous().view(torch.complex128).view(-1).to(device)
-    return TABLES[device]
+@functools.cache
+def workspace(device):
+    """What dequantize_nf4 uses again and again, 2.6 MB: a table (65536,) from two bytes, as one little-endian number, to
+    their four levels, in a complex number of 16 bytes; room for a chunk (fresh memory costs as much time as the work)."""
+    code = torch.arange(65536)[:, None] >> torch.tensor([4, 0, 12, 8]) & 15
+    table = NF4[code].view(torch.complex128).view(-1).to(device)
+    return table, torch.empty(CHUNK // 4, dtype=torch.int64, device=device), table.new_empty(CHUNK // 4)
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -196,7 +193,7 @@ class Int8Linear(LowBitLinear):
         return cls(like, *quantize_int8(w))
 
     def dequantize(self, dtype=torch.float32):
-        return (self.weight.float() * (self.scale / 127)[:, None]).to(dtype)
+        return (self.weight * (self.scale / 127)[:, None]).to(dtype)
 
     # A code is exact in 16 bit, and one scale serves a whole row: it can wait until after the product (before it, in
     # backward). Half the work of dequantising, and one rounding less. Not in float16: codes up to 127 would overflow it.
@@ -245,10 +242,13 @@ def quantize(like: nn.Module, weight: torch.Tensor, bits: int) -> LowBitLinear:
     w = weight.t() if getattr(like, "fan_in_fan_out", False) else weight
     if bits == 4 and w.numel() % BLOCK:
         raise ValueError(f"{w.numel():,} weights are no multiple of {BLOCK}, which share a scale; use --bits 8 or 16")
-    layer = LAYERS[bits].quantize(like, w.contiguous())
-    scales = layer.scale if bits == 8 else layer.nested_absmax + layer.offset
-    if not torch.isfinite(scales).all():
-        raise ValueError("a weight is not finite (NaN or infinity), so it cannot be quantised; the checkpoint is damaged")
+    return checked(LAYERS[bits].quantize(like, w.contiguous()))
+
+
+def checked(layer: LowBitLinear) -> LowBitLinear:
+    """A weight that is not finite makes its scale so. Found here it has a name; later, only a loss that is not a number."""
+    if not torch.isfinite(layer.scale if isinstance(layer, Int8Linear) else layer.absmax32()).all():
+        raise ValueError("a weight is not finite (NaN or infinity); the checkpoint is damaged")
     return layer
 
 
@@ -266,14 +266,18 @@ def from_checkpoint(like: nn.Module, weight: torch.Tensor, parts: dict) -> LowBi
     """
     n = like.in_features * like.out_features
     if "SCB" in parts:
-        if weight.shape != (like.out_features, like.in_features) or parts["SCB"].shape != (like.out_features,):
-            raise ValueError(f"int8 codes {list(weight.shape)} for a ({like.out_features}, {like.in_features}) layer")
+        shape, scale = (like.out_features, like.in_features), parts["SCB"]
+        if weight.dtype != torch.int8 or weight.shape != shape or scale.shape != shape[:1]:
+            raise ValueError(f"codes {list(weight.shape)} of {weight.dtype} and scales {list(scale.shape)} are not those of "
+                             f"a {shape} layer in int8")
         if parts.get("weight_format", torch.zeros(())).any():
             raise ValueError("its int8 codes are in a GPU's tiled layout; save it again with a newer bitsandbytes")
-        return Int8Linear(like, weight, parts["SCB"].float())
+        return checked(Int8Linear(like, weight, scale.float()))
     if "bitsandbytes__nf4" not in parts:
         raise ValueError(f"it has neither a quant_state of nf4 nor SCB beside it, only {', '.join(sorted(parts))}")
     state = json.loads(bytes(parts["bitsandbytes__nf4"].tolist()))
+    if not isinstance(state, dict):
+        raise ValueError("its quant_state is no JSON object")
     wanted = {"quant_type": "nf4", "blocksize": BLOCK, "shape": [like.out_features, like.in_features]}
     if "nested_absmax" in parts:
         wanted["nested_blocksize"] = NESTED
@@ -284,10 +288,12 @@ def from_checkpoint(like: nn.Module, weight: torch.Tensor, parts: dict) -> LowBi
     for name in tables.keys() & parts.keys():
         if not torch.equal(parts[name], tables[name]):
             raise ValueError(f"its {name} is another code than NF4's or the 8-bit dynamic one")
-    shapes = {"absmax": -(-n // BLOCK), "nested_absmax": -(-n // BLOCK // NESTED)}
-    if weight.numel() * 2 != n or any(name in parts and parts[name].numel() != size for name, size in shapes.items()) or (
-            (parts["absmax"].dtype == torch.uint8) != ("nested_absmax" in parts)):
-        raise ValueError(f"its codes, absmax or nested_absmax are not those of {n:,} weights")
-    if "nested_absmax" not in parts:
-        return NF4Linear(like, weight, parts["absmax"].float())
-    return NF4Linear(like, weight, parts["absmax"], parts["nested_absmax"], torch.tensor(state["nested_offset"]))
+    double = "nested_absmax" in parts
+    sizes = {"absmax": n // BLOCK, **({"nested_absmax": -(-n // BLOCK // NESTED)} if double else {})}
+    if weight.dtype != torch.uint8 or weight.numel() * 2 != n or any(
+            k not in parts or parts[k].numel() != size for k, size in sizes.items()) or (
+            (parts["absmax"].dtype == torch.uint8) != double or double and "nested_offset" not in state):
+        raise ValueError(f"its codes ({weight.dtype}), absmax, nested_absmax or nested_offset are not those of {n:,}")
+    if not double:
+        return checked(NF4Linear(like, weight, parts["absmax"].float()))
+    return checked(NF4Linear(like, weight, parts["absmax"], parts["nested_absmax"], torch.tensor(state["nested_offset"])))

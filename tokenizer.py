@@ -2,7 +2,8 @@
 
     tokenizer.json              the `tokenizers` library                   (most of today's checkpoints)
     tokenizer.model             sentencepiece (LLaMA 1, 2) or tiktoken (Llama 3's original file)
-    vocab.json + merges.txt     tiktoken                                   (GPT-2, and the bundled gpt2-nano)
+    vocab.json + merges.txt     tiktoken                                   (GPT-2, and the bundled gpt2-nano; Phi, whose
+                                added_tokens.json adds tokens for runs of spaces and tabs)
 
 Special tokens come from one place. `encode` adds none of its own and reads "<|endoftext|>" in somebody's text as plain
 characters; only what a template writes is encoded with specials=True. (Two BOS tokens in front, one from the template and
@@ -41,7 +42,7 @@ class Tokenizer:
             else:
                 self._from_sentencepiece(folder / "tokenizer.model")
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            self._from_gpt2(folder)
+            self._from_gpt2(folder, meta)
         else:
             raise UserError(f"{folder}: no tokenizer in it (tokenizer.json, tokenizer.model, or vocab.json + merges.txt)")
         self.bos = self._token_text(meta.get("bos_token")) or self.bos
@@ -101,12 +102,22 @@ class Tokenizer:
         self.bos, self.adds_bos = added[0] if added else None, len(added) > 0
         self.vocab_size = tok.get_vocab_size()
 
-    def _from_bpe(self, ranks: dict, split: str):
+    def _from_bpe(self, ranks: dict, split: str, added: dict | None = None):
+        """added: tokens that text becomes wherever it holds them, before any merge: {"    ": 50284}."""
         import tiktoken
-        bpe = tiktoken.Encoding(self.folder.name, pat_str=split, mergeable_ranks=ranks, special_tokens=self.specials)
-        self._encode = lambda text, specials: bpe.encode(text, allowed_special="all" if specials else set(),
-                                                         disallowed_special=())
-        self.decode, self.vocab_size = lambda ids: bpe.decode(list(ids)), bpe.n_vocab
+        ids = {**self.specials, **(added or {})}
+        bpe = tiktoken.Encoding(self.folder.name, pat_str=split, mergeable_ranks=ranks, special_tokens=ids)
+
+        def one_of(tokens):  # the longest first: ten spaces are the token of ten, not five of two
+            return re.compile("(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")")
+        marks = {True: one_of(ids), False: one_of(added or {})}
+
+        def encode(text, specials):  # split puts the marks at the odd places
+            return [i for n, s in enumerate(marks[specials].split(text))
+                    for i in ([ids[s]] if n % 2 else bpe.encode_ordinary(s))]
+        # A model may have more rows than there are tokens (Phi-2: 51,200 for 50,295) and sample one: it says nothing.
+        self._encode, self.decode = encode, lambda ids: bpe.decode([i for i in ids if i < bpe.n_vocab])
+        self.vocab_size = bpe.n_vocab
 
     def _from_tiktoken(self, data: bytes):
         ranks = {base64.b64decode(t): int(rank) for t, rank in (line.split() for line in data.splitlines())}
@@ -117,7 +128,7 @@ class Tokenizer:
         self._from_bpe(ranks, LLAMA3_SPLIT)
         self.bos, self.adds_bos = "<|begin_of_text|>", True
 
-    def _from_gpt2(self, folder: Path):
+    def _from_gpt2(self, folder: Path, meta: dict):
         vocab = weights.read_json(folder / "vocab.json")
         # vocab.json writes bytes as printable characters (GPT-2's bytes_to_unicode): undo it.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -133,8 +144,26 @@ class Tokenizer:
         plain = {*byte_of, *merges}
         self.specials = {token: i for token, i in vocab.items() if token not in plain}
         ranks = {bytes(byte_of[ch] for ch in token): i for token, i in vocab.items() if token not in self.specials}
-        self._from_bpe(ranks, GPT2_SPLIT)
+        self._from_bpe(ranks, GPT2_SPLIT, self._added_tokens(folder, vocab, meta))
         self.adds_bos = False
+
+    def _added_tokens(self, folder: Path, vocab: dict, meta: dict) -> dict[str, int]:
+        """added_tokens.json without what tokenizer_config.json calls special, which joins self.specials."""
+        path = folder / "added_tokens.json"
+        added = weights.read_json(path) if path.is_file() else {}
+        owner = {i: token for token, i in vocab.items()}
+        options = {o["content"]: o for o in (meta.get("added_tokens_decoder") or {}).values()}
+        named = [v for k, v in meta.items() if k.endswith("_token")] + (meta.get("additional_special_tokens") or [])
+        named = {self._token_text(v) for v in named}
+        for token, i in added.items():
+            if owner.setdefault(i, token) != token:
+                raise UserError(f"{path}: {token!r} and {owner[i]!r} have the same id, {i}")
+            for option in ("lstrip", "rstrip", "single_word"):
+                if options.get(token, {}).get(option):
+                    raise UserError(f"{path}: {token!r} has the option {option}; that needs a tokenizer.json")
+            if token in named or options.get(token, {}).get("special"):
+                self.specials[token] = i
+        return {token: i for token, i in added.items() if token not in self.specials}
 
     def _from_sentencepiece(self, path: Path):
         import sentencepiece

@@ -34,7 +34,7 @@ import memory
 import record
 import weights
 from loss import sum_loss
-from optim import AdamW
+from optim import OPTIMIZERS
 from weights import ASSETS, UserError
 
 
@@ -73,8 +73,11 @@ class TrainConfig:
     show_batch: bool = option(False, "data", "print the first micro-batch, what is learned marked, and stop")
     amp: bool = option(False, "memory", "matrix products in bfloat16 (float16 on cards without it)")
     ckpt_every: int = option(0, "memory", "recompute every N-th layer's activations in backward (0: none, 1: all)")
+    ckpt_offload: bool = option(False, "memory", "what a checkpointed layer keeps waits in host memory")
     batch_size: int = option(8, "memory", "examples a micro-batch")
     grad_accum: int = option(1, "memory", "micro-batches an optimizer step")
+    optimizer: str = option("adamw", "memory", "adamw8bit: states of 8 bits; paged_adamw8bit: and in the machine's memory; "
+                            "offload_adamw: on the CPU, so that --full --amp has 16-bit weights", choices=tuple(OPTIMIZERS))
     lr: float = option(None, "train", "peak learning rate (default: by the model's width, see default_lr)", type=float)
     schedule: str = option("cosine", "train", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
     warmup_steps: int = option(None, "train", "steps of linear warm-up (default: 5 %% of the steps)", type=int)
@@ -109,9 +112,9 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "lora_init"):
             if getattr(cfg, name) != getattr(default, name):
                 raise UserError(f"--{name.replace('_', '-')} has no effect with --full, which trains the weights themselves")
-        if cfg.bits in (16, 8, 4):
-            raise UserError(f"--bits {cfg.bits} with --full: trained weights are always float32 (small updates vanish in "
-                            f"fewer bits); adapters, without --full, can be trained on weights of {cfg.bits} bits")
+        if cfg.bits in (8, 4) or cfg.bits == 16 and cfg.optimizer != "offload_adamw":
+            raise UserError(f"--bits {cfg.bits} with --full: small updates vanish in so few bits. --optimizer offload_adamw "
+                            f"keeps float32 masters of 16-bit weights; adapters, without --full, train over {cfg.bits} bits")
     elif cfg.from_scratch:
         raise UserError("--from-scratch needs --full: adapters on frozen random weights learn nothing")
     if cfg.val_data and cfg.val_frac != default.val_frac:
@@ -125,6 +128,8 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full:
         # 4M parameters know little that Q and V alone could steer, and default_lr fits larger models: see LOG.md.
         cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
+    if cfg.ckpt_offload and not cfg.ckpt_every:
+        raise UserError("--ckpt-offload has no effect without --ckpt-every: it moves what a recomputed layer keeps")
     cfg.device = weights.usable_device(cfg.device)
     return cfg
 
@@ -133,7 +138,7 @@ def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
     """How the frozen weights are held. stored: 8 or 4 for a checkpoint that is quantised already."""
     if stored and cfg.full:
         raise UserError(f"--full: {cfg.model} is stored in {stored} bit; only adapters can be trained on it")
-    bits = cfg.bits or stored or (16 if cfg.amp and not cfg.full else 32)
+    bits = cfg.bits or stored or (16 if cfg.amp and (not cfg.full or cfg.optimizer == "offload_adamw") else 32)
     if bits < 32 and not cfg.amp:
         raise UserError(f"--bits {bits} needs --amp: such weights are multiplied in 16 bit")
     lorainit.check(cfg.lora_init, bits, stored, cfg.lora_alpha)
@@ -223,17 +228,19 @@ def main(cfg: TrainConfig) -> dict:
     out = record.prepare_out(cfg)
 
     torch.manual_seed(cfg.seed)
-    if cfg.from_scratch:
-        model = weights.from_scratch(cfg.model, cfg.device, cfg.seed)
-    else:
-        model = weights.load(cfg.model, cfg.bits, cfg.device)
+    offload = cfg.full and cfg.optimizer == "offload_adamw"  # float32 on the CPU first: the masters
+    place, bits = ("cpu", 32) if offload else (cfg.device, cfg.bits)
+    model = weights.from_scratch(cfg.model, place, cfg.seed) if cfg.from_scratch else weights.load(cfg.model, bits, place)
     if cfg.full:
         model.requires_grad_(True)
     else:
         targets = cfg.lora_targets.split(",") if cfg.lora_targets else None
         init = "default" if cfg.resume else cfg.lora_init  # the start comes with the state
         lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora, init)
-    model.ckpt_every = cfg.ckpt_every
+    model.ckpt_every, model.ckpt_offload = cfg.ckpt_every, cfg.ckpt_offload
+    if cfg.ckpt_offload and torch.device(cfg.device).type != "cuda":
+        print(f"--ckpt-offload: on {cfg.device} host and device memory are the same; nothing moves, nothing is saved")
+    run = Run(cfg, out, model, tokenizer, template, train_set, val_set, raw_config)
     params = memory.count(model)
     print(f"{cfg.model}: {params['total']:,} parameters in {memory.human(params['bytes'])}, "
           f"{params['trainable']:,} trainable ({params['percent']:.4f} %)")
@@ -245,7 +252,7 @@ def main(cfg: TrainConfig) -> dict:
         record.write_config(out, cfg)
     print(f"{cfg.steps} steps of {cfg.batch_size} x {cfg.grad_accum}, lr {cfg.lr:g}, {cfg.device}"
           + (f", {str(weights.half_dtype(cfg.device)).removeprefix('torch.')}" if cfg.amp else "") + f" -> {out}")
-    return Run(cfg, out, model, tokenizer, template, train_set, val_set, raw_config).train(params)
+    return run.train(params)
 
 
 class Run:
@@ -254,11 +261,14 @@ class Run:
     def __init__(self, cfg, out, model, tokenizer, template, train_set, val_set, raw_config):
         self.cfg, self.out, self.model, self.tokenizer, self.template = cfg, out, model, tokenizer, template
         self.train_set, self.val_set, self.raw_config = train_set, val_set, raw_config
-        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p in self.trainable.values() if p.dim() >= 2]
-        vectors = [p for p in self.trainable.values() if p.dim() < 2]  # norms and biases are not decayed
-        self.optimizer = AdamW([{"params": matrices, "weight_decay": cfg.weight_decay},
-                                {"params": vectors, "weight_decay": 0.0}], lr=cfg.lr)
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for p in trainable.values() if p.dim() >= 2]
+        vectors = [p for p in trainable.values() if p.dim() < 2]  # norms and biases are not decayed
+        where = {} if cfg.optimizer != "offload_adamw" else {
+            "device": cfg.device, "dtype": weights.half_dtype(cfg.device) if cfg.full and cfg.bits == 16 else torch.float32}
+        self.optimizer = OPTIMIZERS[cfg.optimizer]([{"params": matrices, "weight_decay": cfg.weight_decay},
+                                                    {"params": vectors, "weight_decay": 0.0}], cfg.lr, **where)
+        self.trainable = {n: self.optimizer.master(p) for n, p in trainable.items()}  # clipped and saved
         # float16 ends at 6e-5 on the small side, where gradients live: multiply the loss by a large number (the scale),
         # divide the gradients by it before clipping; halve it and skip the step whenever something overflows.
         half = cfg.amp and weights.half_dtype(cfg.device) == torch.float16
@@ -414,7 +424,7 @@ class Run:
         folder = self.out / name
         if self.cfg.full:
             dtype = self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")  # the newer and the older key
-            weights.save(self.model, folder, dtype if dtype in weights.DTYPES else "float32")
+            weights.save(self.model, folder, dtype if dtype in weights.DTYPES else "float32", self.trainable)
         else:
             lora.save(self.model, folder)
         weights.write_text(folder / "chat_template.jinja", self.template)
@@ -444,10 +454,10 @@ class Run:
             numbers, names = json.loads(f.metadata()["numbers"]), set(f.keys())
             with torch.no_grad():
                 for n, p in self.trainable.items():
-                    p.copy_(f.get_tensor(f"param/{n}"))
-                    for key in ("step", "exp_avg", "exp_avg_sq"):
-                        if (name := f"optimizer/{key}/{n}") in names:  # (not if every step so far was skipped)
-                            self.optimizer.state[p][key] = f.get_tensor(name).to(p.device)
+                    self.model.get_parameter(n).copy_(p.copy_(f.get_tensor(f"param/{n}")))
+                    if f"optimizer/step/{n}" in names:  # (not if every step so far was skipped)
+                        for key, value in self.optimizer.init_state(p).items():
+                            value.copy_(f.get_tensor(f"optimizer/{key}/{n}"))
             for n, m in lora.adapters(self.model).items():
                 if f"start/{n}.A" in names:
                     m.keep_start(f.get_tensor(f"start/{n}.A"), f.get_tensor(f"start/{n}.B"))

@@ -3,7 +3,7 @@
 A model is looked for in four places, in this order: the bundled `assets/`, a local folder, the hub's cache on this
 machine, the hub. Whatever the place, it is a folder in the Hugging Face layout:
 
-    config.json                                             the architecture (`model_type` chooses gpt2.py or llama.py)
+    config.json                                             the architecture (`model_type`: gpt2.py, llama.py or phi.py)
     model.safetensors, or *.safetensors + model.safetensors.index.json     the weights, in one file or in shards
     tokenizer.json, tokenizer.model or vocab.json + merges.txt             read by data.py
 
@@ -27,10 +27,12 @@ from torch.overrides import TorchFunctionMode
 
 import gpt2
 import llama
+import phi
 import quant
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama)}  # by config.json's model_type
+FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama),  # by config.json's model_type
+            "phi": (phi.Config, phi.Phi)}
 SHORT_NAMES = {
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
@@ -50,9 +52,14 @@ SHORT_NAMES = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "phi-1": "microsoft/phi-1",
+    "phi-1.5": "microsoft/phi-1_5",
+    "phi-2": "microsoft/phi-2",
 }
 # Checkpoint entries that are not weights: masks and frequencies that old files carry along.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+# The matrices that write into the residual stream.
+WRITES = ("c_proj.weight", "o_proj.weight", "down_proj.weight", "dense.weight", "fc2.weight")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 
@@ -229,6 +236,7 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     dtype = torch.float32 if bits == 32 else half_dtype(device)
     low_bit = low_bit_weights(model)
     files = {key: path for path in weight_files(folder) for key in tensor_names(path)}
+    used = set()
     head = None
     for n, (path, key, shape) in places(model, folder, files, stored).items():
         tensor = read_tensor(path, key)
@@ -243,14 +251,20 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
             try:
                 if coded:
                     parts = {k: read_tensor(f, k) for k, f in files.items() if quant.belongs_to(k) == key}
+                    used |= parts.keys()
                     layer = quant.from_checkpoint(like, tensor, {k.rpartition(".")[2]: t for k, t in parts.items()})
                 else:
                     layer = quant.quantize(like, tensor, bits)
             except ValueError as e:
                 raise UserError(f"{path}: tensor {key}: {e}") from None
+            bias, layer.bias = layer.bias, None  # which a later shard may hold: then it is on "meta" still
             setattr(model.get_submodule(owner), leaf, layer.to(device))
+            layer.bias = bias
         else:
             set_parameter(model, n, tensor.to(device, dtype))
+        del tensor  # before the next one is read
+    if extra := [k for k in files if stored and quant.belongs_to(k) in files and k not in used]:
+        raise UserError(f"{files[extra[0]]}: unexpected tensor {extra[0]}: its weight is not quantised")
     model.tie()
     if head is not None and not torch.equal(head, model.lm_head.weight):
         raise UserError(f"{folder}: lm_head.weight differs from the embedding, but config.json ties them; "
@@ -359,7 +373,7 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
     for n, p in list(model.named_parameters()):
         t = torch.zeros(p.shape)
         if p.dim() == 2:
-            writes = n.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))
+            writes = n.endswith(WRITES)
             t.normal_(0.0, 0.02 / ((2 * config.n_layer) ** 0.5 if writes else 1), generator=rng)
         elif n.endswith("weight"):
             t.fill_(1.0)
@@ -406,10 +420,13 @@ def checkpoint_name(model: nn.Module, name: str) -> str:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def save(model: nn.Module, folder, dtype: str = "float32"):
-    """Write a model as a Hugging Face folder: model.safetensors, config.json, and its source's tokenizer files."""
+def save(model: nn.Module, folder, dtype: str = "float32", params: dict | None = None):
+    """Write a model as a Hugging Face folder: model.safetensors, config.json, and its source's tokenizer files.
+
+    params: {name: tensor} to write instead of the model's own parameters (the float32 masters of 16-bit weights)."""
     folder = Path(folder)
-    tensors = {checkpoint_name(model, n): p.detach().to("cpu", DTYPES[dtype]) for n, p in model.named_parameters()}
+    params = params or dict(model.named_parameters())
+    tensors = {checkpoint_name(model, n): p.detach().to("cpu", DTYPES[dtype]) for n, p in params.items()}
     write_tensors(folder / "model.safetensors", tensors)
     save_about(folder, find(model.source), dtype, model.config.tied_head)
 

@@ -26,6 +26,10 @@ LLAMA = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 32, "intermed
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "hidden_act": "silu",
          "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "eos_token_id": 4095,
          "bos_token_id": 4095}
+PHI = {"model_type": "phi", "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
+       "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "hidden_act": "gelu_new",
+       "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "tie_word_embeddings": False,
+       "eos_token_id": 4095, "bos_token_id": 4095}
 
 
 def randomise(model, seed=0):
@@ -42,7 +46,7 @@ def make_folder(path, family="gpt2", seed=0, **overrides):
     """A model folder in the Hugging Face layout: tiny, random, with gpt2-nano's tokenizer (4,096 tokens)."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    config = {**(GPT2 if family == "gpt2" else LLAMA), **overrides}
+    config = {**{"gpt2": GPT2, "llama": LLAMA, "phi": PHI}[family], **overrides}
     (path / "config.json").write_text(json.dumps(config))
     for f in ("vocab.json", "merges.txt"):
         shutil.copy(NANO / f, path / f)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import GPT2, LLAMA, ROOT, make_data, make_folder
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import generate
 import lora
@@ -30,6 +30,7 @@ def place(tmp_path_factory):
     base = tmp_path_factory.mktemp("place")
     make_folder(base / "good", "gpt2")
     make_folder(base / "other", "gpt2", n_embd=48)
+    make_folder(base / "narrow", "gpt2", n_embd=20)
     make_data(base / "data.jsonl", 20)
     run = train.main(train.parse(["--model", f"{base}/good", "--data", f"{base}/data.jsonl", "--out", f"{base}/run",
                                   "--steps", "1", "--samples", "0", "--max-length", "64"]))
@@ -38,9 +39,15 @@ def place(tmp_path_factory):
     whole = (base / "torn" / "model.safetensors").read_bytes()
     (base / "torn" / "model.safetensors").write_bytes(whole[:len(whole) // 2])
     for name, config in (("windowed", {**LLAMA, "sliding_window": 64}), ("exotic", {**GPT2, "model_type": "mamba"}),
-                         ("unscaled", {**GPT2, "scale_attn_weights": False})):
+                         ("unscaled", {**GPT2, "scale_attn_weights": False}),
+                         ("gptq", {**GPT2, "quantization_config": {"quant_method": "gptq", "bits": 4}})):
         shutil.copytree(base / "good", base / name)
         (base / name / "config.json").write_text(json.dumps(config))
+    for name, value in (("undefined", float("nan")), ("infinite", float("inf"))):
+        shutil.copytree(base / "good", base / name)
+        tensors = load_file(base / name / "model.safetensors")
+        tensors["transformer.h.2.attn.c_proj.weight"][3, 5] = value
+        save_file(tensors, base / name / "model.safetensors", {"format": "pt"})
     rows = (base / "data.jsonl").read_text().splitlines()
     for name, content in {
             "empty.jsonl": b"", "blank.jsonl": b"\n \n",
@@ -118,7 +125,20 @@ TRAIN = {
     "full in 16 bit": ("--full --bits 16 --amp", "--bits 16 with --full"),
     "random, frozen": ("--from-scratch", "--from-scratch needs --full"),
     "16 bit without amp": ("--bits 16", "--bits 16 needs --amp"),
+    "8 bit without amp": ("--bits 8", "--bits 8 needs --amp"),
+    "4 bit without amp": ("--bits 4", "--bits 4 needs --amp"),
+    "full in 8 bit": ("--full --bits 8 --amp", "--bits 8 with --full: .*adapters, without --full"),
+    "full in 4 bit": ("--full --bits 4", "--bits 4 with --full: .*adapters, without --full"),
+    "64 does not divide": ("--bits 4 --amp --model narrow",
+                           "narrow/model.safetensors: tensor transformer.h.0.attn.c_attn.weight: 1,200 weights are no "
+                           "multiple of 64.*--bits 8 or 16"),
+    "NaN in 8 bit": ("--bits 8 --amp --model undefined", "undefined/.*transformer.h.2.attn.c_proj.weight: .*not finite"),
+    "NaN in 4 bit": ("--bits 4 --amp --model undefined", "undefined/.*transformer.h.2.attn.c_proj.weight: .*not finite"),
+    "infinity in 8 bit": ("--bits 8 --amp --model infinite", "tensor transformer.h.2.attn.c_proj.weight: .*not finite"),
+    "infinity in 4 bit": ("--bits 4 --amp --model infinite", "tensor transformer.h.2.attn.c_proj.weight: .*not finite"),
+    "GPTQ": ("--model gptq", r"gptq/config.json: the weights are quantised \(gptq\).*--bits 4"),
     "recompute nothing": ("--ckpt-every 4", "--ckpt-every 4 recomputes nothing: .*good has 3 layers"),
+    "offload nothing": ("--ckpt-offload", "--ckpt-offload has no effect without --ckpt-every"),
     "ckpt-every -1": ("--ckpt-every -1", "--ckpt-every -1: must not be negative"),
     "steps 0": ("--steps 0", "--steps 0: must be at least 1"),
     "steps and epochs": ("--steps 2 --epochs 2", "--steps and --epochs both say"),

@@ -8,9 +8,14 @@ hands a part of that on to the next step. Each relative difference is held twice
     MEAN  the signed mean        observed 1.2e-7. Rounding falls to both sides and cancels; a bug such as a label counted
                                  twice pushes every step the same way, and shows here while it is still below MAX.
 
-    python tests/test_invariance.py     records tests/reference/trajectories.json anew (after a wanted change of arithmetic)
+Over weights in 8 and 4 bits the products are in bfloat16, which rounds 65,000 times as coarsely, and a batch of another
+shape is summed, so rounded, in another order. Observed in llama-4bit: any loss 6e-4, any gradient norm 9e-3; means 8e-5 and
+2.4e-3. HALF allows some five times that. What leaves the shapes as they are is held to MAX and MEAN there too.
+
+    python tests/test_invariance.py [CASE ...]    records tests/reference/trajectories.json anew (after a wanted change)
 """
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,26 +24,34 @@ import torch
 from conftest import make_data, make_folder
 from runs import no_picture, run, steps, timeless
 
+import checkpoint
 import loss
 import train
-from optim import AdamW
+from optim import OPTIMIZERS
 
 REFERENCE = Path(__file__).parent / "reference" / "trajectories.json"
 MAX, MEAN = 1e-5, 2e-6
-RECORDED = 1e-3  # of the JSON: another machine's matrix products add up in another order
-CASES = {f"{family}-{mode}": (family, mode) for family in ("gpt2", "llama") for mode in ("lora", "full")}
+EXACT = {"loss": (MAX, MEAN), "grad_norm": (MAX, MEAN)}
+HALF = {"loss": (3e-3, 5e-4), "grad_norm": (5e-2, 1.2e-2)}
+BAND = 1e-3, 4e-4  # 8-bit states beside 32-bit ones; observed 1.8e-4, 3.9e-5
+RECORDED = 1e-3  # of the JSON: another machine's products add up in another order (in bfloat16: HALF, for the same reason)
+CASES = {f"{family}-{mode}": (family, mode, "adamw") for family in ("gpt2", "llama", "phi") for mode in ("lora", "full")}
+CASES |= {"gpt2-8bit": ("gpt2", "8bit", "adamw"), "llama-4bit": ("llama", "4bit", "adamw")}
+OTHERS = {f"gpt2-full-{name}": ("gpt2", "full", name) for name in OPTIMIZERS if name != "adamw"}
 STEPS = 6  # two epochs: 20 rows make steps of 8, 8 and 4 examples, so that an epoch's last window is a short one
 
 
 def train_options(mode: str) -> dict:
     return {"steps": STEPS, "batch_size": 8, "eval_every": STEPS, "seed": 7, "warmup_steps": 2,
-            **({"full": True, "lr": 2e-3} if mode == "full" else {"lora_r": 4, "lr": 1e-2})}
+            **({"full": True, "lr": 2e-3} if mode == "full" else {"lora_r": 4, "lr": 1e-2}),
+            **({"bits": int(mode[0]), "amp": True} if "bit" in mode else {})}
 
 
 class Case:
     def __init__(self, name: str, folder: Path):
-        family, self.mode = CASES[name]
+        family, self.mode, self.optimizer = {**CASES, **OTHERS}[name]
         self.name, self.folder, self.n = name, folder, 0
+        self.limits = HALF if "bit" in self.mode else EXACT
         self.model = make_folder(folder / family, family)
         self.data = make_data(folder / "data.jsonl", 20)
         self.val = make_data(folder / "val.jsonl", 2)
@@ -48,7 +61,8 @@ class Case:
     def run(self, **more) -> list[dict]:
         self.n += 1
         self.out = self.folder / f"run-{self.n}"
-        return run(self.out, self.model, self.data, **{**train_options(self.mode), "val_data": str(self.val), **more})
+        return run(self.out, self.model, self.data, **{**train_options(self.mode), "val_data": str(self.val),
+                                                             "optimizer": self.optimizer, **more})
 
     def trajectory(self, **more) -> list[dict]:
         """The recorded run, made once: a whole batch, nothing recomputed, padding, the default chunks."""
@@ -74,10 +88,10 @@ def differences(got: list[dict], wanted: list[dict], key: str) -> torch.Tensor:
     return (a - b) / b
 
 
-def assert_follows(got: list[dict], wanted: list[dict], most=MAX, mean=MEAN):
+def assert_follows(got: list[dict], wanted: list[dict], limits=EXACT):
     for x, y in zip(got, wanted, strict=True):
         assert (x["lr"], x["tokens"], x["examples"]) == (y["lr"], y["tokens"], y["examples"])  # the same data, in order
-    for key in ("loss", "grad_norm"):
+    for key, (most, mean) in limits.items():
         d = differences(got, wanted, key)
         print(f"{key}: max {d.abs().max():.1e}, mean {d.mean():+.1e}")
         assert d.abs().max() <= most, f"{key} strays by {d.abs().max():.1e}: {d.tolist()}"
@@ -95,7 +109,7 @@ SAME = {
 
 @pytest.mark.parametrize("options", SAME.values(), ids=SAME)
 def test_an_equivalent_configuration_follows(case, options):
-    assert_follows(case.run(**options), case.trajectory())
+    assert_follows(case.run(**options), case.trajectory(), case.limits)
 
 
 @pytest.mark.parametrize("positions", [1, 30])
@@ -116,6 +130,12 @@ def test_recomputed_layers_follow_and_draw_the_same_dropout(case, ckpt_every):
     assert_follows(case.run(**case.dropout, ckpt_every=ckpt_every), case.trajectory(**case.dropout))
 
 
+def test_recomputed_layers_whose_inputs_left_the_device_follow(case, monkeypatch):
+    monkeypatch.setattr(checkpoint, "to_host", lambda x: (x.float().numpy(force=True).copy(), x.dtype))  # a card's host
+    monkeypatch.setattr(checkpoint, "to_device", lambda x, device: torch.from_numpy(x[0]).to(x[1]))
+    assert_follows(case.run(**case.dropout, ckpt_every=1, ckpt_offload=True), case.trajectory(**case.dropout))
+
+
 def test_a_resumed_run_follows_bit_for_bit_and_draws_the_same_dropout(case, monkeypatch):
     whole = case.trajectory(**case.dropout)
     interrupt(monkeypatch, case, at=6, save_every=2, **case.dropout)  # the last save: after step 4, inside an epoch
@@ -125,17 +145,18 @@ def test_a_resumed_run_follows_bit_for_bit_and_draws_the_same_dropout(case, monk
 
 def interrupt(monkeypatch, case, at: int, **options):
     """Train until optimizer step `at`, which dies before it changes a weight."""
-    adamw, n = AdamW.step, 0
+    cls, n = OPTIMIZERS[case.optimizer], 0
+    real = cls.step
 
     def step(self, *args, **kwargs):
         nonlocal n
         n += 1
         if n == at:
             raise KeyboardInterrupt
-        return adamw(self, *args, **kwargs)
+        return real(self, *args, **kwargs)
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(AdamW, "step", step)
+        m.setattr(cls, "step", step)
         case.run(**options)
 
 
@@ -145,7 +166,52 @@ def test_the_recorded_trajectory(case):
     got = case.trajectory()
     for key in ("loss", "grad_norm"):
         wanted = torch.tensor(recorded[key], dtype=torch.float64)
-        torch.testing.assert_close(torch.tensor([x[key] for x in got], dtype=torch.float64), wanted, rtol=RECORDED, atol=0)
+        torch.testing.assert_close(torch.tensor([x[key] for x in got], dtype=torch.float64), wanted, atol=0,
+                                   rtol=HALF[key][0] if "bit" in case.mode else RECORDED)
+
+
+BESIDE_16_BIT = {"8bit": (2e-3, 3e-2), "4bit": (6e-2, 0.5)}  # of loss and gradient norm; observed: a third
+
+
+def test_coarser_weights_stay_beside_the_16_bit_trajectory(case):
+    """And are not it: a run that ignored --bits would pass every other test here."""
+    if "bit" in case.mode:
+        sixteen, got = case.trajectory(bits=16), case.trajectory()
+        for key, most in zip(("loss", "grad_norm"), BESIDE_16_BIT[case.mode]):
+            d = differences(got, sixteen, key)
+            print(f"{key}: max {d.abs().max():.1e}, mean {d.mean():+.1e}")
+            assert most / 30 < d.abs().max() <= most
+
+
+# ---------------------------------------------------------------------------------------------- the other optimizers
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other(request, tmp_path_factory):
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_another_optimizer_keeps_its_recorded_trajectory(other):
+    test_the_recorded_trajectory(other)
+
+
+@pytest.mark.parametrize("options", SAME.values(), ids=SAME)
+def test_another_optimizer_follows_itself(other, options):
+    assert_follows(other.run(**options), other.trajectory())
+
+
+def test_another_optimizer_resumes_bit_for_bit(other, monkeypatch):
+    interrupt(monkeypatch, other, at=6, save_every=2)
+    assert timeless(run(other.out, other.model, other.data, resume=True)) == timeless(other.trajectory())
+
+
+def test_another_optimizer_stays_near_adamw(other):
+    """The same numbers for masters in float32 on the CPU; 8-bit states within a band, and not without a trace."""
+    got, wanted = other.trajectory(), other.run(optimizer="adamw")
+    if other.optimizer == "offload_adamw":
+        assert timeless(got) == timeless(wanted)
+    else:
+        assert_follows(got, wanted, {"loss": BAND, "grad_norm": BAND})
+        assert differences(got, wanted, "loss").abs().max() > 1e-6
 
 
 def test_a_drift_below_the_maximum_is_noticed(case, monkeypatch):
@@ -160,8 +226,8 @@ def test_a_drift_below_the_maximum_is_noticed(case, monkeypatch):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as tmp:
-        record = {}
-        for name in CASES:
+        record = json.loads(REFERENCE.read_text()) if REFERENCE.exists() else {}
+        for name in sys.argv[1:] or (*CASES, *OTHERS):
             got = Case(name, Path(tmp) / name).trajectory()
             record[name] = {key: [float(f"{x[key]:.7g}") for x in got] for key in ("loss", "grad_norm")}
     REFERENCE.parent.mkdir(exist_ok=True)

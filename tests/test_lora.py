@@ -13,7 +13,7 @@ import loss
 import weights
 from weights import UserError
 
-FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
+FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
 IDS = torch.randint(0, 4096, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
@@ -22,6 +22,7 @@ def folders(tmp_path_factory):
     """One tiny model folder a kind, shared by the tests here: none of them writes into it."""
     root = tmp_path_factory.mktemp("models")
     return {"gpt2": make_folder(root / "gpt2", "gpt2"), "llama": make_folder(root / "llama", "llama"),
+            "phi": make_folder(root / "phi", "phi"),
             "tied llama": make_folder(root / "tied", "llama", tie_word_embeddings=True)}
 
 
@@ -69,6 +70,8 @@ def hf_model(folder):
     ("gpt2", "all", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
     ("llama", None, ["self_attn.q_proj", "self_attn.v_proj"]),
     ("llama", ["k_proj", "down_proj"], ["self_attn.k_proj", "mlp.down_proj"]),
+    ("phi", None, ["self_attn.q_proj", "self_attn.v_proj"]),
+    ("phi", "all", [*(f"self_attn.{p}_proj" for p in "qkv"), "self_attn.dense", "mlp.fc1", "mlp.fc2"]),
     ("llama", "all", [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]),
 ])
 def test_targets(folders, family, targets, layers):
@@ -124,6 +127,8 @@ TO_PEFT = [
     ("gpt2", {"targets": ["c_fc", "c_attn.q", "c_attn.k"], "rslora": True}),
     ("llama", {}), ("llama", {"targets": "all"}), ("llama", {"targets": "all", "rslora": True}),
     ("llama", {"targets": ["o_proj", "lm_head"]}), ("tied llama", {"targets": ["down_proj"]}),
+    ("phi", {}), ("phi", {"targets": ["q_proj", "v_proj", "k_proj", "dense", "fc1", "fc2"]}),
+    ("phi", {"targets": "all", "rslora": True}), ("phi", {"targets": ["lm_head", "dense"]}),
 ]
 
 
@@ -149,6 +154,8 @@ FROM_PEFT = [
     ("llama", {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "lora_dropout": 0.1}),
     ("llama", {"target_modules": "all-linear"}),
     ("llama", {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 5}}),
+    ("phi", {"target_modules": ["q_proj", "v_proj", "k_proj", "dense", "fc1", "fc2"], "lora_dropout": 0.1}),
+    ("phi", {"target_modules": "all-linear"}), ("phi", {"target_modules": ["lm_head"]}),
     ("llama", {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 5}, "alpha_pattern": {"q_proj": 20}}),
 ]
 
@@ -159,7 +166,7 @@ def test_peft_adapter_in_ours(folders, tmp_path, family, options):
     base = hf_model(folders[family])
     before = logits(base)
     theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=10, **options))
-    randomise_adapters(theirs).save_pretrained(tmp_path)
+    randomise_adapters(theirs).save_pretrained(tmp_path, save_embedding_layers=False)  # of lm_head: A and B, not W too
     ours = lora.load(weights.load(folders[family]), tmp_path)
     assert_same(logits(ours), logits(theirs), before)
     assert {m.dropout for m in lora.adapters(ours).values()} == {options.get("lora_dropout", 0.0)}
@@ -190,7 +197,7 @@ def test_reload_in_a_fresh_process(folders, tmp_path):
             "models = [lora.load(weights.load(m), a) for m, a in zip(pairs[::2], pairs[1::2])]\n"
             "torch.save([m.eval()(ids).detach() for m in models], out)")
     pairs, wanted = [], []
-    for family in ("gpt2", "llama"):
+    for family in ("gpt2", "llama", "phi"):
         model = adapted(folders[family])
         lora.save(model, tmp_path / family)
         pairs += [folders[family], tmp_path / family]
@@ -279,8 +286,8 @@ def test_nothing_to_save(folders, tmp_path):
 
 @pytest.mark.parametrize(("kind", "options"), [
     ("gpt2", {}), ("gpt2", {"targets": "all", "rslora": True}), ("llama", {"targets": "all"}), ("tied llama", {}),
-    ("llama", {"targets": ["lm_head"]}),
-], ids=["gpt2", "gpt2-all", "llama-all", "tied", "lm_head"])
+    ("llama", {"targets": ["lm_head"]}), ("phi", {"targets": "all"}), ("phi", {"targets": ["lm_head"]}),
+], ids=["gpt2", "gpt2-all", "llama-all", "tied", "lm_head", "phi-all", "phi-lm_head"])
 def test_merge_is_exact_and_idempotent(folders, kind, options):
     """PITFALLS 24."""
     model, base = adapted(folders[kind], **options), logits(weights.load(folders[kind]))
@@ -308,7 +315,7 @@ def test_merge_into_16_bit_is_refused(folders, family):
     assert lora.adapters(model) and torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("gpt2", None), ("tied llama", "all")])
+@pytest.mark.parametrize(("kind", "targets"), [("gpt2", None), ("tied llama", "all"), ("phi", "all"), ("phi", ["lm_head"])])
 def test_merge_command(folders, tmp_path, kind, targets):
     """PITFALLS 26: the merged model, tied head and all, here and in transformers; GPT-2's as typed in a shell."""
     model = adapted(folders[kind], targets=targets)
@@ -319,7 +326,8 @@ def test_merge_command(folders, tmp_path, kind, targets):
         subprocess.run([sys.executable, "lora.py", *argv], cwd=ROOT, check=True)
     else:
         lora.main(argv)
-    assert "lm_head.weight" not in load_file(out / "model.safetensors") and (out / "merges.txt").is_file()
+    merged = load_file(out / "model.safetensors")
+    assert ("lm_head.weight" in merged) == ("lm_head.bias" in merged) == (kind == "phi") and (out / "merges.txt").is_file()
     base = logits(weights.load(folders[kind]))
     assert_same(logits(weights.load(out)), logits(model), base, MERGED)
     assert_same(logits(hf_model(out)), logits(model), base, MERGED)

@@ -131,7 +131,7 @@ def test_full_logits_never_exist(monkeypatch, frozen):
     assert plain.numel == n * t * v
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
 def test_training_step_never_makes_full_logits(tmp_path, monkeypatch, family):
     model = lora.inject(weights.load(make_folder(tmp_path, family)), r=2)
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 8 * 4096)
@@ -142,9 +142,10 @@ def test_training_step_never_makes_full_logits(tmp_path, monkeypatch, family):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("chunk", [4, None])
-def test_head_with_an_adapter_trains(chunk):
-    hidden, base, labels = problem()
+def test_head_with_an_adapter_trains(chunk, bias):
+    hidden, base, labels = problem(bias)
     head = lora.LoRALinear(base.requires_grad_(False), 3, 6)
     nn.init.normal_(head.lora_B[0])
     logits = head(hidden).view(-1, V)
@@ -167,6 +168,21 @@ def test_young_adapter_counts_over_a_16_bit_head():
         head.lora_B[0] -= 1e-4 * slope.sign()
     change = loss.sum_loss(hidden, head, labels) - before
     assert change.item() == pytest.approx(-1e-4 * slope.abs().sum().item(), rel=0.3)
+
+
+def test_adapter_on_phis_head(tmp_path):
+    """A head with a bias and an adapter: the loss without logits and its gradients equal the textbook's."""
+    model = lora.inject(weights.load(make_folder(tmp_path, "phi")), r=2, targets=["lm_head", "q_proj"])
+    nn.init.normal_(model.lm_head.lora_B[0])
+    ids = torch.randint(0, 4096, (2, 8), generator=torch.Generator().manual_seed(0))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    value = loss.sum_loss(model.hidden(ids), model.head, ids)
+    wanted = F.cross_entropy(model(ids).view(-1, 4096), ids.view(-1), reduction="sum")
+    torch.testing.assert_close(value, wanted)
+    for a, b in zip(gradients(value, *trainable), gradients(wanted, *trainable), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    model.lm_head.base_layer.bias.data.zero_()
+    assert abs(loss.sum_loss(model.hidden(ids), model.head, ids) - wanted) > 0.01, "the bias does nothing here"
 
 
 def test_dropout_of_a_head_adapter():

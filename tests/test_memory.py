@@ -17,7 +17,7 @@ import memory
 import weights
 from weights import UserError
 
-FAMILIES = ("gpt2", "llama")
+FAMILIES = ("gpt2", "llama", "phi")
 KB = 4 * 256  # a float32 tensor of 256 numbers
 
 
@@ -34,6 +34,11 @@ def talker(request, tmp_path_factory):
         with torch.no_grad():
             model.ln_f.bias.sub_(1)  # it adds the same logits at every position
             model.wpe.weight.mul_(12)
+    if request.param == "phi":
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if n.endswith("bias"):
+                    p.sub_(1)
     return model
 
 

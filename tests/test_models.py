@@ -1,4 +1,5 @@
-"""gpt2.py and llama.py: the same logits as transformers, from any kind of batch, at any checkpointing."""
+"""gpt2.py, llama.py and phi.py: the same logits as transformers, from any kind of batch, at any checkpointing."""
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -7,12 +8,14 @@ import pytest
 import torch
 from conftest import randomise
 
+import attention
 import generate
 import gpt2
 import llama
 import lora
 import loss
 import memory
+import phi
 import weights
 from weights import UserError
 
@@ -20,6 +23,8 @@ REFERENCE = Path(__file__).parent / "reference"
 GPT2 = {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
 LLAMA = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64}
+PHI = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
+       "max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 48, "rope_theta": 500000.0}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
@@ -34,14 +39,23 @@ LLAMA_CASES = {
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, "eps": {"rms_norm_eps": 0.1},
     "llama3": {"rope_parameters": LLAMA3, "head_dim": 16}, "linear": {"rope_parameters": LINEAR},
 }
-CASES = [pytest.param(f, o, id=f"{f}-{n}") for f, c in (("gpt2", GPT2_CASES), ("llama", LLAMA_CASES)) for n, o in c.items()]
-FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
+PHI_CASES = {
+    "mha": {}, "gqa": {"num_key_value_heads": 2}, "mqa": {"num_key_value_heads": 1}, "head_dim": {"head_dim": 16},
+    "two fifths": {"hidden_size": 80, "partial_rotary_factor": 0.4}, "whole head": {"partial_rotary_factor": 1.0},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.25}},
+    "tied": {"tie_word_embeddings": True}, "eps": {"layer_norm_eps": 0.1},
+}
+CASES = [pytest.param(f, o, id=f"{f}-{n}")
+         for f, c in (("gpt2", GPT2_CASES), ("llama", LLAMA_CASES), ("phi", PHI_CASES)) for n, o in c.items()]
+FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
 
 
 def build(family, **overrides):
     """One of our models with every parameter random."""
     if family == "gpt2":
         return randomise(gpt2.GPT2(gpt2.Config.from_json({**GPT2, **overrides})))
+    if family == "phi":
+        return randomise(phi.Phi(phi.Config.from_json({**PHI, "num_key_value_heads": 2, **overrides})))
     return randomise(llama.Llama(llama.Config.from_json({**LLAMA, "rope_parameters": LLAMA3, "head_dim": 16, **overrides})))
 
 
@@ -54,6 +68,8 @@ def reference(folder, family, **overrides):
     transformers = pytest.importorskip("transformers")
     if family == "gpt2":
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**GPT2, **overrides}))
+    elif family == "phi":
+        model = transformers.PhiForCausalLM(transformers.PhiConfig(**{**PHI, **overrides}))
     else:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **overrides}))
     shard = {"max_shard_size": "20KB"} if folder.name == "shards" else {}
@@ -75,6 +91,21 @@ def error(folder, expected):
 @pytest.mark.parametrize(("family", "overrides"), CASES)
 def test_logits_equal_transformers(tmp_path, family, overrides):
     assert error(tmp_path, reference(tmp_path, family, **overrides)) <= 1e-5
+
+
+@FAMILIES
+def test_gradients_equal_transformers(tmp_path, family):
+    """Of every parameter, through the backward passes that are written by hand."""
+    transformers = pytest.importorskip("transformers")
+    reference(tmp_path, family)
+    ours, theirs = weights.load(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = token_ids(2, 48)
+    for model in (ours, theirs.eval()):
+        logits = model(ids) if model is ours else model(ids).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    wanted = {n.removeprefix(ours.prefix): p.grad for n, p in theirs.named_parameters()}
+    for n, p in ours.named_parameters():
+        assert (p.grad - wanted[n]).abs().max() <= 1e-4 * wanted[n].abs().max() + 1e-5, n
 
 
 @FAMILIES
@@ -101,6 +132,29 @@ def test_old_spelling_of_rope_scaling(tmp_path, rope, kind):
     assert error(tmp_path, expected) > 0.01, "the scaling has no effect, so this test proves nothing"
 
 
+@pytest.mark.parametrize("spelling", ["phi-2's", "factor in rope_scaling", "no factor"])
+def test_spellings_of_phis_rotary_factor(tmp_path, spelling):
+    """Phi-2's config.json has it at the top; the newer one in rope_parameters, which save_pretrained writes; default 0.5."""
+    factor = 0.5 if spelling == "no factor" else 0.75
+    new = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": factor}
+    expected = reference(tmp_path, "phi", rope_parameters=new)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("rope_parameters") == new
+
+    def error_with(**spelled):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **spelled}))
+        return error(tmp_path, expected)
+
+    old = {"rope_theta": 5000.0, **{
+        "phi-2's": {"rope_scaling": None, "partial_rotary_factor": factor},
+        "factor in rope_scaling": {"rope_scaling": {"type": "default", "partial_rotary_factor": factor}},
+        "no factor": {}}[spelling]}
+    assert error_with(**old) <= 1e-5
+    assert error_with(rope_parameters=new, partial_rotary_factor=0.25, rope_theta=1.0) <= 1e-5  # inside goes before outside
+    assert error_with(**{**old, "rope_scaling": None, "partial_rotary_factor": 0.25}) > 0.01
+    assert error_with(**{**old, "rope_theta": 500.0}) > 0.01
+
+
 def test_parity_notices_another_gelu(tmp_path, monkeypatch):
     expected = reference(tmp_path, "gpt2")
     monkeypatch.setitem(gpt2.ACTIVATIONS, "gelu_new", "none")
@@ -117,7 +171,24 @@ def test_parity_notices_interleaved_rope(tmp_path, monkeypatch):
     assert error(tmp_path, expected) > 0.1
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+@pytest.mark.parametrize("rotary_dim", [2, 8])
+def test_parity_notices_another_rotary_dim(tmp_path, monkeypatch, rotary_dim):
+    expected, read = reference(tmp_path, "phi"), phi.Config.from_json
+    monkeypatch.setattr(phi.Config, "from_json", lambda c: dataclasses.replace(read(c), rotary_dim=rotary_dim))
+    assert error(tmp_path, expected) > 0.01
+
+
+def test_parity_notices_a_serial_block(tmp_path, monkeypatch):
+    def serial(self, x, *args):
+        x = x + self.self_attn(self.input_layernorm(x), *args)
+        return x + self.mlp(self.input_layernorm(x))
+
+    expected = reference(tmp_path, "phi")
+    monkeypatch.setattr(phi.Block, "forward", serial)
+    assert error(tmp_path, expected) > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "phi"])
 def test_frozen_reference_logits(name):
     """Parity where transformers is not installed; reference/make.py wrote the file with it."""
     ref = json.loads((REFERENCE / f"{name}.json").read_text())
@@ -158,6 +229,100 @@ def test_padding_in_16_bit_gives_no_nan(family, dtype):
     loss.sum_loss(hidden, model.head, labels).backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
+
+# ---------------------------------------------------------------------------------------------- Phi in float16
+
+LARGE = 512.0  # q . k / sqrt(D) = 512 * 512 / sqrt(8) = 92,682, the same for every pair: softmax does not see it
+
+
+def phi_of_large_qk():
+    """Phi with a number of q and k, one that does not turn, at 512 for every token, and adapters; all weights of 16 bit."""
+    torch.manual_seed(1)  # of lora_A. Seeds 0-7: logits differ by up to 0.0055 of their spread, gradients by 0.007 to 0.04
+    model, rng = lora.inject(build("phi"), r=2, targets="all"), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for adapter in lora.adapters(model).values():
+            adapter.lora_B[0].normal_(0, 0.05, generator=rng)
+        for block in model.blocks:
+            for layer in (block.self_attn.q_proj, block.self_attn.k_proj):
+                for parameter, value in ((layer.base_layer.weight, 0), (layer.base_layer.bias, LARGE), (layer.lora_B[0], 0)):
+                    parameter.view(-1, 8, *parameter.shape[1:])[:, -1] = value
+        for p in model.parameters():
+            p.copy_(p.half())
+    return model
+
+
+def logits_and_gradients(model, ids, dtype):
+    """Under autocast to `dtype`; the logits in float32, the gradients of the adapters."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        hidden = model.hidden(ids)
+        value = loss.sum_loss(hidden, model.head, ids)
+        with torch.no_grad():
+            logits = model.head(hidden).float()
+    return logits, torch.autograd.grad(value, trainable)
+
+
+def textbook_attention(q, k, v, is_causal, enable_gqa):
+    """softmax(q k^T / sqrt(D)) v, each product in the type that it is given, as transformers#28163 did it."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("held", ["16 bit", "32 bit"])
+@pytest.mark.parametrize("kernel", ["PyTorch's", "textbook"])
+@pytest.mark.parametrize("ckpt_every", [0, 1])
+def test_phis_qk_beyond_float16(monkeypatch, held, kernel, ckpt_every):
+    """PITFALLS 14: |q . k| > 65,504 in float16, forward and backward, through whichever kernel."""
+    model, ids = phi_of_large_qk(), token_ids(2, 12)
+    logits, gradients = logits_and_gradients(model, ids, torch.float32)
+    assert logits.std() > 0.5 and all(g.any() for g in gradients)
+    model.ckpt_every = ckpt_every
+    if kernel == "textbook":
+        monkeypatch.setattr(attention, "scaled_dot_product_attention", textbook_attention)
+    if held == "16 bit":
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.half()
+
+    def check():
+        half, half_gradients = logits_and_gradients(model, ids, torch.float16)
+        assert half.isfinite().all() and all(g.isfinite().all() for g in half_gradients)
+        assert (half - logits).abs().max() < 0.01 * logits.std()
+        for a, b in zip(half_gradients, gradients, strict=True):
+            assert (a - b).abs().max() < 0.03 * b.abs().max()
+        cache = generate.KVCache(model.config, 12)
+        with torch.no_grad(), torch.autocast("cpu", torch.float16):
+            parts = [model(ids[:, :8], cache=cache)] + [model(ids[:, t:t + 1], cache=cache) for t in range(8, 12)]
+        assert cache.k[0].dtype == torch.float16
+        assert (torch.cat(parts, 1).float() - logits).abs().max() < 0.01 * logits.std()
+
+    check()
+    if kernel == "textbook":  # without the cast the overflow is there, so the test proves something
+        monkeypatch.setattr(phi, "attend", lambda *args, float32: attention.attend(*args))
+        with pytest.raises(AssertionError, match="isfinite"):
+            check()
+
+
+@pytest.mark.parametrize("segments", [None, [5, 1, 6]])
+def test_attention_in_float32_keeps_16_bit_for_backward(segments):
+    rng, kept = torch.Generator().manual_seed(0), []
+    q, k, v = (torch.randn(1, heads, 12, 8, generator=rng).half().requires_grad_() for heads in (4, 2, 2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        y = attention.attend(q, k, v, segments, float32=True)
+    assert sum(x.nbytes for x in kept) == 2 * (q.numel() + k.numel() + v.numel())
+    wanted = attention.attend(q.float(), k.float(), v.float(), segments)
+    assert y.dtype == torch.float16 and torch.equal(y, wanted.half())
+    for a, b in zip(torch.autograd.grad(y.float().square().sum(), (q, k, v)),
+                    torch.autograd.grad(wanted.half().float().square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(attention.attend(q, k, v, segments, float32=True), y)
+
+
+# ---------------------------------------------------------------------------------------------- tables, caches, packing
 
 @pytest.mark.parametrize("rope", [LLAMA3 | {"original_max_position_embeddings": 8192}, {"rope_theta": 10000.0}],
                          ids=["llama3", "plain"])
@@ -294,6 +459,21 @@ def test_llama_32_sizes(overrides, total):
         assert memory.count(llama.Llama(llama.Config.from_json({**LLAMA32, **overrides})))["total"] == total
 
 
+PHI_SIZES = [(2048, 24, 0.5, 1_418_270_720), (2560, 32, 0.4, 2_779_683_840)]
+
+
+@pytest.mark.parametrize(("n_embd", "n_layer", "factor", "total"), PHI_SIZES, ids=["phi-1.5", "phi-2"])
+def test_phi_sizes(n_embd, n_layer, factor, total):
+    config = {"vocab_size": 51200, "hidden_size": n_embd, "intermediate_size": 4 * n_embd, "num_hidden_layers": n_layer,
+              "num_attention_heads": 32, "partial_rotary_factor": factor, "resid_pdrop": 0.1, "qk_layernorm": False}
+    with torch.device("meta"), weights.NoInit():
+        model = phi.Phi(phi.Config.from_json(config))
+        assert memory.count(model)["total"] == total
+        if n_layer == 32:
+            assert model.config == phi.Config()
+            assert memory.count(lora.inject(model, r=8))["trainable"] == 32 * 2 * 8 * (2560 + 2560)
+
+
 # ---------------------------------------------------------------------------------------------- refused configs
 
 @pytest.mark.parametrize(("family", "overrides", "named"), [
@@ -302,7 +482,6 @@ def test_llama_32_sizes(overrides, total):
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
     ("gpt2", {"n_head": 5}, "n_head 5"),
-    ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("gpt2", {"n_embd": None}, "config.json"),
     ("llama", {"hidden_act": "gelu"}, "gelu"),
     ("llama", {"sliding_window": 32}, "sliding_window"),
@@ -311,17 +490,27 @@ def test_llama_32_sizes(overrides, total):
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
     ("llama", {"rope_scaling": {"type": "linear"}}, "factor"),
     ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ("phi", {"hidden_act": "gelu"}, "gelu"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm"),
+    ("phi", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
+    ("phi", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ("phi", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ("phi", {"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor"),
+    ("phi", {"partial_rotary_factor": 0.4}, "partial_rotary_factor turns 3 of a head's 8"),
+    ("phi", {"partial_rotary_factor": 0.0}, "partial_rotary_factor turns 0"),
+    ("phi", {"partial_rotary_factor": 1.25}, "partial_rotary_factor turns 10"),
+    ("phi", {"sliding_window": 32}, "sliding_window"),
     ("mamba", {}, "mamba"),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_unsupported_config_is_named(tmp_path, family, overrides, named):
-    base = {"gpt2": GPT2, "llama": LLAMA}.get(family, {})
+    base = {"gpt2": GPT2, "llama": LLAMA, "phi": PHI}.get(family, {})
     (tmp_path / "config.json").write_text(json.dumps({**base, "model_type": family, **overrides}))
     with pytest.raises(UserError) as e:
         weights.read_config(tmp_path)
     assert named in str(e.value) and "config.json" in str(e.value)
 
 
-@pytest.mark.parametrize(("base", "config"), [(GPT2, gpt2.Config), (LLAMA, llama.Config)])
+@pytest.mark.parametrize(("base", "config"), [(GPT2, gpt2.Config), (LLAMA, llama.Config), (PHI, phi.Config)])
 def test_options_that_are_switched_off_pass(base, config):
     config.from_json({**base, "new_option": None, "newer_option": False, "use_cache": True, "dtype": "bfloat16"})
     with pytest.raises(ValueError, match="new_option"):

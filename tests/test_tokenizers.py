@@ -132,6 +132,87 @@ def test_gpt2_files_with_other_special_tokens(tmp_path):
     assert 2 not in ours.encode("yes</s>")
 
 
+def phi_files(folder, source, first):
+    """What Phi's folder holds beside its tokenizer.json: GPT-2's files and tokens for 31 to 2 spaces, 9 to 2 tabs."""
+    runs = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
+    added = {text: first + i for i, text in enumerate(runs)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for f in ("vocab.json", "merges.txt"):
+        shutil.copy(source / f, folder / f)
+    write_json(folder / "added_tokens.json", added)
+    plain = dict(lstrip=False, rstrip=False, single_word=False)
+    options = {i: {"content": text, "normalized": True, "special": False, **plain} for text, i in added.items()}
+    options[first - 1] = {"content": "<|endoftext|>", "normalized": False, "special": True, **plain}
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "CodeGenTokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>", "add_prefix_space": False, "added_tokens_decoder": options})
+    return added
+
+
+CODE = ["def f(x):\n        if x:\n            return  x\n", "\tif (x) {\n\t\t\treturn 1;\t \t}\n", " " * 40 + "x",
+        "\t" * 12 + "y", "a  b   c" + " " * 31 + "d" + " " * 32, "  \t\t  ", "a <|endoftext|>  b", "\n\n    <|endoftext|>",
+        "  "]
+
+
+def check_phi(folder, source, first, tmp_path):
+    """vocab.json + merges.txt + added_tokens.json, and the tokenizer.json made of them, against transformers."""
+    import transformers
+    added = phi_files(folder, source, first)
+    hf = transformers.CodeGenTokenizer.from_pretrained(folder)
+    assert len(hf) == first + 38
+    hf.save_pretrained(tmp_path / "json")
+    without = tmp_path / "without"
+    without.mkdir()
+    for f in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(folder / f, without / f)
+    bare = data.load_tokenizer(str(without))
+    for ours in (data.load_tokenizer(str(folder)), data.load_tokenizer(str(tmp_path / "json"))):
+        for text in [*TEXTS, *CODE, *corpus(20)]:
+            assert ours.encode(text, specials=True) == hf(text).input_ids, text
+            assert ours.decode(ours.encode(text)) == ours.decode(ours.encode(text, specials=True)) == text
+            assert first - 1 not in ours.encode(text)
+            if "<|endoftext|>" not in text:
+                assert ours.encode(text) == hf(text).input_ids, text
+        assert ours.encode("    x") == [added["    "], *ours.encode("x")] != bare.encode("    x")
+        assert ours.encode("  <|endoftext|>") == [added["  "], *bare.encode("<|endoftext|>")]
+        assert ours.specials == {"<|endoftext|>": first - 1} and (ours.eos_id, ours.stop_ids) == (first - 1, {first - 1})
+        assert ours.vocab_size == first + 38 and not ours.adds_bos
+        assert ours.decode([*ours.encode("a"), first + 38, *ours.encode("  b")]) == "a  b"  # the model has rows to spare
+
+
+def test_phi_files_equal_transformers(tmp_path):
+    check_phi(tmp_path / "phi", NANO, 4096, tmp_path)
+
+
+def test_added_tokens_that_are_special(tmp_path):
+    """Special is what tokenizer_config.json calls so, or names as a role; the others are ordinary text."""
+    for f in ("vocab.json", "merges.txt"):
+        shutil.copy(NANO / f, tmp_path / f)
+    write_json(tmp_path / "added_tokens.json", {"<flag>": 4096, "<pad>": 4097, "<more>": 4098, "<word>": 4099})
+    write_json(tmp_path / "tokenizer_config.json", {
+        "eos_token": "<|endoftext|>", "pad_token": "<pad>", "additional_special_tokens": ["<more>"],
+        "added_tokens_decoder": {"4096": {"content": "<flag>", "special": True}}})
+    ours = data.load_tokenizer(str(tmp_path))
+    assert ours.specials == {"<|endoftext|>": 4095, "<flag>": 4096, "<pad>": 4097, "<more>": 4098}
+    text = "<flag><pad><more><word>"
+    assert ours.encode(text, specials=True) == [4096, 4097, 4098, 4099]
+    assert [i for i in ours.encode(text) if i > 4094] == [4099] and ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize(("added", "options", "says"), [
+    ({"<a>": 5}, {}, r"added_tokens\.json: '<a>' and '.*' have the same id, 5"),
+    ({"<a>": 4096, "<b>": 4096}, {}, r"added_tokens\.json: '<b>' and '<a>' have the same id, 4096"),
+    ({"<a>": 4096}, {"lstrip": True}, r"added_tokens\.json: '<a>' has the option lstrip; that needs a tokenizer\.json"),
+])
+def test_added_tokens_that_cannot_be_honoured(tmp_path, added, options, says):
+    for f in ("vocab.json", "merges.txt", "config.json"):
+        shutil.copy(NANO / f, tmp_path / f)
+    write_json(tmp_path / "added_tokens.json", added)
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {"4096": {"content": "<a>", **options}}})
+    with pytest.raises(UserError, match=says):
+        data.load_tokenizer(str(tmp_path))
+
+
 def test_merges_out_of_order_are_refused(tmp_path):
     for f in ("vocab.json", "config.json"):
         shutil.copy(NANO / f, tmp_path / f)
@@ -378,6 +459,14 @@ def test_real_gpt2(tmp_path):
     for text in [*TEXTS, *corpus(20)]:
         assert ours.encode(text) == oracle.encode(text).ids, text
         assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not (SHARED / "gpt2" / "merges.txt").is_file(), reason=f"no {SHARED / 'gpt2'}")
+def test_real_phi(tmp_path):
+    check_phi(tmp_path / "phi", SHARED / "gpt2", 50257, tmp_path)
+    ours = data.load_tokenizer(str(tmp_path / "phi"))
+    assert [ours.encode(text) for text in (" " * 31, "  ", "\t" * 9, "\t\t")] == [[50257], [50286], [50287], [50294]]
 
 
 @pytest.mark.real

@@ -109,7 +109,7 @@ BROKEN = {  # how a LLaMA folder is damaged -> what the one line must hold
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "/config.json: expected a JSON object"),
     "config key missing": (lambda d: edit_config(d, hidden_size="DROP"), "/config.json: key 'hidden_size' is missing"),
     "model_type": (lambda d: edit_config(d, model_type="mamba"),
-                   r"/config.json: model_type 'mamba' is not supported \(only gpt2, llama\)"),
+                   r"/config.json: model_type 'mamba' is not supported \(only gpt2, llama, phi\)"),
     "no model_type": (lambda d: edit_config(d, model_type="DROP"), "/config.json: model_type None is not supported"),
     "option": (lambda d: edit_config(d, sliding_window=128),
                "/config.json: option 'sliding_window': 128 is not implemented by llama.py"),
@@ -220,7 +220,7 @@ def test_loading_holds_no_second_copy(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- saving
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
 def test_save_and_reload(family, tmp_path):
     model = weights.load(make_folder(tmp_path / "a", family))
     weights.save(model, tmp_path / "b")
@@ -311,7 +311,7 @@ def test_new_folder(tmp_path):
     assert os.listdir(tmp_path / "full") == ["mine.txt"]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
 def test_from_scratch_is_its_seed(family, tmp_path):
     folder = make_folder(tmp_path / "m", family)
     (folder / "model.safetensors").unlink()  # only config.json is read
@@ -323,7 +323,7 @@ def test_from_scratch_is_its_seed(family, tmp_path):
     for n, p in params(a).items():
         if p.dim() == 2:
             assert not torch.equal(p, other[n]), n
-            residual = n.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))
+            residual = n.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight", "dense.weight", "fc2.weight"))
             assert abs(p.std() / (0.02 / (6 ** 0.5 if residual else 1)) - 1) < 0.1, n
         else:
             assert torch.equal(p, torch.full_like(p, float(n.endswith("weight")))), n

@@ -1,4 +1,4 @@
-"""Write *.json: a few logits of two tiny models, computed by transformers. Run: python tests/reference/make.py"""
+"""Write *.json: a few logits of three tiny models, computed by transformers. Run: python tests/reference/make.py"""
 import json
 import sys
 import tempfile
@@ -21,6 +21,9 @@ CONFIGS = {
                "attention_bias": True, "rms_norm_eps": 1e-5, "hidden_act": "silu",
                "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
                                    "high_freq_factor": 4.0, "original_max_position_embeddings": 48}},
+    "phi": {"model_type": "phi", "vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
+            "layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
 }
 IDS, POSITIONS, TOKENS, SEED = [(7 * i * i + 3) % 64 for i in range(24)], [0, 1, 11, 23], [0, 5, 31, 63], 7
 
