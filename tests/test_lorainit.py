@@ -22,17 +22,17 @@ import train
 import weights
 from weights import UserError
 
-KINDS = [("gpt2", {}), ("gpt2", {"targets": "all", "rslora": True}), ("llama", {"targets": "all"}),
+KINDS = [("gpt2", {}), ("gpt2", {"targets": "all", "rslora": True}), ("llama", {"targets": "all"}), ("phi", {}),
          ("tied llama", {"targets": ["q_proj", "lm_head"], "rslora": True})]
 STARTS = [("loftq", 8), ("loftq", 4), ("pissa", 32), ("pissa", 16), ("pissa", 8), ("pissa", 4)]
-EVERY_KIND = pytest.mark.parametrize(("kind", "more"), KINDS, ids=["gpt2", "gpt2-all", "llama", "tied"])
+EVERY_KIND = pytest.mark.parametrize(("kind", "more"), KINDS, ids=["gpt2", "gpt2-all", "llama", "phi", "tied"])
 EVERY_START = pytest.mark.parametrize(("init", "bits"), STARTS)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {"gpt2": make_folder(root / "gpt2", "gpt2"), "llama": make_folder(root / "llama", "llama"),
+    return {**{family: make_folder(root / family, family) for family in ("gpt2", "llama", "phi")},
             "tied llama": make_folder(root / "tied", "llama", tie_word_embeddings=True)}
 
 
@@ -371,7 +371,7 @@ def test_merging_takes_the_full_weights_and_says_what_changed(folders, tmp_path,
         BA = BA.t() if getattr(plain.get_submodule(name), "fan_in_fan_out", False) else BA
         got = tensors[weights.checkpoint_name(plain, f"{name}.weight")]
         assert (got - (W + BA)).abs().max() < 1e-5 and (got - W).abs().max() > 1e-4
-    assert ("lm_head.weight" in tensors) == (kind in ("llama", "tied llama"))
+    assert ("lm_head.weight" in tensors) == (kind != "gpt2")
     for n, p in plain.named_parameters():
         if n.removesuffix(".weight") not in lora.adapters(model):
             assert torch.equal(tensors[weights.checkpoint_name(plain, n)], p)
@@ -440,7 +440,7 @@ def test_merging_holds_a_shard_and_a_layer(tmp_path, monkeypatch):
     weights.save_about(tmp_path / "out", folder, "float32", False)
     with Live(torch.nn.Module()) as ledger:
         merging.compare(job, tmp_path / "out")
-    assert head < ledger.peak < 3.1 * head < 0.7 * size, ledger.peak
+    assert head < ledger.peak < 3 * head + 2**21 < 0.7 * size, ledger.peak  # 2^21: quant.py's tables
 
 
 def test_merging_into_rounded_weights_is_refused(folders, tmp_path):
