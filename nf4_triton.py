@@ -38,9 +38,8 @@ def levels_on(device) -> torch.Tensor:
     return quant.NF4.to(device)
 
 
-def dequantize(packed: torch.Tensor, absmax: torch.Tensor, shape, dtype: torch.dtype) -> torch.Tensor:
-    """packed (n / 2, 1) uint8, absmax (n / 64,) float32 -> `shape`, in `dtype`, on their device. As quant.dequantize_nf4."""
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
+def dequantize(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """packed (n / 2, 1) uint8, absmax (n / 64,) float32 -> `out`, on the same device. As quant.dequantize_nf4."""
     n_bytes = packed.numel()
     kernel[(triton.cdiv(n_bytes, SIZE),)](packed, absmax, levels_on(packed.device), out, n_bytes, SIZE)
     return out

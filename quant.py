@@ -26,6 +26,7 @@ bit at a time (LLaMA-7B: at most 90 MB), where autograd would keep every layer, 
 import functools
 import importlib.util
 import json
+import math
 import re
 
 import torch
@@ -94,12 +95,11 @@ def quantize_absmax(absmax: torch.Tensor):
     return codes.view(-1)[:len(absmax)].clone(), nested, offset
 
 
-def dequantize_nf4(packed, absmax, shape, dtype) -> torch.Tensor:
-    """The inverse: packed (n / 2, 1), absmax (n / 64,) float32 -> `shape`, in `dtype`. level * absmax, rounded once."""
+def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The inverse: packed (n / 2, 1), absmax (n / 64,) float32 -> `out`, of any type. level * absmax, rounded once."""
     if packed.is_cuda and has_triton():
         import nf4_triton
-        return nf4_triton.dequantize(packed, absmax, shape, dtype)
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
+        return nf4_triton.dequantize(packed, absmax, out)
     codes, flat = packed.view(-1).view(torch.uint16), out.view(-1)  # four codes each
     table, index, levels = workspace(packed.device)
     for i in range(0, len(flat), CHUNK):
@@ -121,13 +121,27 @@ def has_triton() -> bool:
 @functools.cache
 def workspace(device):
     """What dequantize_nf4 uses again and again, 2.6 MB: a table (65536,) from two bytes, as one little-endian number, to
-    their four levels, in a complex number of 16 bytes; room for a chunk (fresh memory costs as much time as the work)."""
+    their four levels, in a complex number of 16 bytes; room for a chunk's indices and levels."""
     code = torch.arange(65536)[:, None] >> torch.tensor([4, 0, 12, 8]) & 15
     table = NF4[code].view(torch.complex128).view(-1).to(device)
     return table, torch.empty(CHUNK // 4, dtype=torch.int64, device=device), table.new_empty(CHUNK // 4)
 
 
 # ---------------------------------------------------------------------------------------------- layers
+
+ROOM: dict[tuple, torch.Tensor] = {}
+
+
+def room(shape, dtype, device) -> torch.Tensor:
+    """Where a layer is dequantised for a product, the same memory for every layer: it holds until the next call.
+
+    As large as the largest layer. Fresh memory for each would cost a third of the time: the system clears it, page by page.
+    """
+    n = math.prod(shape)
+    if (dtype, device) not in ROOM or len(ROOM[dtype, device]) < n:
+        ROOM[dtype, device] = torch.empty(n, dtype=dtype, device=device)
+    return ROOM[dtype, device][:n].view(shape)
+
 
 class Product(torch.autograd.Function):
     """x W^T for a W in few bits. Nothing is saved for backward but the layer, which is there anyway."""
@@ -163,11 +177,18 @@ class LowBitLinear(nn.Module):
             y = Product.apply(x, self)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def dequantize(self, dtype=torch.float32) -> torch.Tensor:
+        """W (out, in)."""
+        return self.dequantize_into(torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device))
+
+    def in_room(self, dtype) -> torch.Tensor:
+        return room((self.out_features, self.in_features), dtype, self.weight.device)
+
     def times_transposed(self, x):
-        return x @ self.dequantize(x.dtype).t()
+        return x @ self.dequantize_into(self.in_room(x.dtype)).t()
 
     def times(self, grad):
-        return grad @ self.dequantize(grad.dtype)
+        return grad @ self.dequantize_into(self.in_room(grad.dtype))
 
     def _apply(self, fn, recurse=True):
         """.to(dtype) casts every float buffer it finds; these scales stay float32, as PyTorch leaves the codes integers."""
@@ -192,20 +213,20 @@ class Int8Linear(LowBitLinear):
     def quantize(cls, like: nn.Module, w: torch.Tensor):
         return cls(like, *quantize_int8(w))
 
-    def dequantize(self, dtype=torch.float32):
-        return (self.weight * (self.scale / 127)[:, None]).to(dtype)
+    def dequantize_into(self, out):
+        return out.copy_(self.weight * (self.scale / 127)[:, None])
 
     # A code is exact in 16 bit, and one scale serves a whole row: it can wait until after the product (before it, in
     # backward). Half the work of dequantising, and one rounding less. Not in float16: codes up to 127 would overflow it.
     def times_transposed(self, x):
         if x.dtype == torch.float16:
             return super().times_transposed(x)
-        return (x @ self.weight.to(x.dtype).t()).mul_(self.scale / 127)
+        return (x @ self.in_room(x.dtype).copy_(self.weight).t()).mul_(self.scale / 127)
 
     def times(self, grad):
         if grad.dtype == torch.float16:
             return super().times(grad)
-        return (grad * (self.scale / 127)).to(grad.dtype) @ self.weight.to(grad.dtype)
+        return (grad * (self.scale / 127)).to(grad.dtype) @ self.in_room(grad.dtype).copy_(self.weight)
 
 
 class NF4Linear(LowBitLinear):
@@ -224,11 +245,12 @@ class NF4Linear(LowBitLinear):
     def absmax32(self):
         if self.nested_absmax is None:
             return self.absmax
-        x = F.pad(DYNAMIC.to(self.absmax.device)[self.absmax.int()], (0, -len(self.absmax) % NESTED))
-        return (x.view(-1, NESTED) * self.nested_absmax[:, None]).view(-1)[:len(self.absmax)] + self.offset
+        x = DYNAMIC.to(self.absmax.device).index_select(0, self.absmax.int())
+        x = F.pad(x, (0, -len(x) % NESTED)).view(-1, NESTED).mul_(self.nested_absmax[:, None])
+        return x.view(-1)[:len(self.absmax)].add_(self.offset)
 
-    def dequantize(self, dtype=torch.float32):
-        return dequantize_nf4(self.weight, self.absmax32(), (self.out_features, self.in_features), dtype)
+    def dequantize_into(self, out):
+        return dequantize_nf4(self.weight, self.absmax32(), out)
 
 
 LAYERS = {8: Int8Linear, 4: NF4Linear}

@@ -32,8 +32,8 @@ def test_the_bits_are_those_of_pytorch(shape, dtype):
     # The slow, plain statement of what is meant.
     codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1).long()
     exact = (quant.NF4[codes].view(-1, 64) * absmax[:, None]).view(shape)
-    assert torch.equal(quant.dequantize_nf4(packed, absmax, shape, dtype), exact.to(dtype))
-    got = nf4_triton.dequantize(packed.to(DEVICE), absmax.to(DEVICE), shape, dtype).cpu()
+    assert torch.equal(quant.dequantize_nf4(packed, absmax, torch.empty(shape, dtype=dtype)), exact.to(dtype))
+    got = nf4_triton.dequantize(packed.to(DEVICE), absmax.to(DEVICE), torch.empty(shape, dtype=dtype, device=DEVICE)).cpu()
     if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter cuts off what the GPU rounds: see the next test
         exact = (exact.view(torch.int32) & -65536).view(torch.float32)
     assert got.shape == shape and got.dtype == dtype and torch.equal(got, exact.to(dtype))
