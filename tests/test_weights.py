@@ -327,3 +327,11 @@ def test_from_scratch_is_its_seed(family, tmp_path):
             assert abs(p.std() / (0.02 / (6 ** 0.5 if residual else 1)) - 1) < 0.1, n
         else:
             assert torch.equal(p, torch.full_like(p, float(n.endswith("weight")))), n
+
+
+def test_bfloat16_only_where_it_is_native(monkeypatch):
+    """PITFALLS 19: a card of 2018 says that it supports bfloat16, by emulating it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert weights.half_dtype("cuda") == weights.half_dtype("cuda:1") == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert weights.half_dtype("cuda") == weights.half_dtype("cpu") == torch.bfloat16
