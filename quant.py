@@ -101,7 +101,7 @@ def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor
         import nf4_triton
         return nf4_triton.dequantize(packed, absmax, out)
     codes, flat = packed.view(-1), out.view(-1)
-    table, index, pairs = workspace(packed.device)
+    table, index, pairs = workspace(packed.device, CHUNK)
     for i in range(0, len(codes), CHUNK // 2):
         n = min(CHUNK // 2, len(codes) - i)
         index[:n] = codes[i:i + n]
@@ -119,12 +119,12 @@ def has_triton() -> bool:
 
 
 @functools.cache
-def workspace(device):
+def workspace(device, chunk: int):
     """What dequantize_nf4 uses again and again, 8 MB: a table (256,) from a byte to its two levels, 4 + 4 bytes that pass
     for a float64; room for a chunk's indices and levels."""
     byte = torch.arange(256)
     table = torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).view(torch.float64).view(-1).to(device)
-    return table, torch.empty(CHUNK // 2, dtype=torch.int64, device=device), table.new_empty(CHUNK // 2)
+    return table, torch.empty(chunk // 2, dtype=torch.int64, device=device), table.new_empty(chunk // 2)
 
 
 # ---------------------------------------------------------------------------------------------- layers

@@ -434,13 +434,14 @@ def test_merging_holds_a_shard_and_a_layer(tmp_path, monkeypatch):
     block, head = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256 + 256), 4 * 128 * 4096
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(merging, "SHARD", block)
+    monkeypatch.setattr(quant, "CHUNK", 2**14)  # its workspace and temporaries: 0.3 MB instead of some 20
     with Live(torch.nn.Module()) as ledger:
         merging.write(job, tmp_path / "out", "float32")
     assert head < ledger.peak < 2.2 * head < 0.7 * size, ledger.peak
     weights.save_about(tmp_path / "out", folder, "float32", False)
     with Live(torch.nn.Module()) as ledger:
         merging.compare(job, tmp_path / "out")
-    assert head < ledger.peak < 3 * head + 2**21 < 0.7 * size, ledger.peak  # 2^21: quant.py's tables
+    assert head < ledger.peak < 3 * head + 2**20 < 0.7 * size, ledger.peak
 
 
 def test_merging_into_rounded_weights_is_refused(folders, tmp_path):

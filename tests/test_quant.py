@@ -249,7 +249,6 @@ def test_nothing_dequantised_is_kept(bits, dtype, monkeypatch):
     room for one dequantised layer, which all of them share. autograd over six dequantised weights would hold six."""
     monkeypatch.setattr(quant, "CHUNK", 4096)  # the temporaries, however large the layer
     monkeypatch.setattr(quant, "ROOM", {})
-    quant.workspace.cache_clear()
     chain = nn.Sequential(*[make_layer("Linear", bits, False, i, 256, 256)[2] for i in range(6)])
     one, n_x = 256 * 256 * dtype.itemsize, 4 * 256 * dtype.itemsize
     x = rand(4, 256).to(dtype).requires_grad_()
@@ -266,7 +265,6 @@ def test_nothing_dequantised_is_kept(bits, dtype, monkeypatch):
         y.backward(y.detach())
         assert sum(ledger.live.values()) - before <= 2 * n_x + 8
         assert ledger.peak - before < 0.3 * one
-    quant.workspace.cache_clear()
 
 
 CASTS = {
