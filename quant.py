@@ -121,9 +121,9 @@ def has_triton() -> bool:
 @functools.cache
 def workspace(device, chunk: int):
     """What dequantize_nf4 uses again and again, 8 MB: a table (256,) from a byte to its two levels, 4 + 4 bytes that pass
-    for a float64; room for a chunk's indices and levels."""
+    for an int64; room for a chunk's indices and levels."""
     byte = torch.arange(256)
-    table = torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).view(torch.float64).view(-1).to(device)
+    table = torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).view(torch.int64).view(-1).to(device)
     return table, torch.empty(chunk // 2, dtype=torch.int64, device=device), table.new_empty(chunk // 2)
 
 
