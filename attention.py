@@ -9,6 +9,8 @@ would be 4 * 12 heads * 1024^2 * 4 bytes = 201 MB in each of its 12 layers.
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+FLOAT32_BACKWARD = ("cpu",)  # where backward in 16 bit is slow, see below
+
 
 def attend(q, k, v, segments: list[int] | None = None, float32: bool = False):
     """q (B, H, T, D) over k, v (B, K, S, D) -> (B, H, T, D). Query head h reads key/value head h // (H / K).
@@ -19,7 +21,7 @@ def attend(q, k, v, segments: list[int] | None = None, float32: bool = False):
     q, k and v, too, everything is multiplied and summed in float32 (phi.py needs it); the result is 16 bit again.
     """
     if q.dtype != torch.float32:
-        if (float32 or q.device.type == "cpu") and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if (float32 or q.device.type in FLOAT32_BACKWARD) and (q.requires_grad or k.requires_grad or v.requires_grad):
             return Float32Backward.apply(q, k, v, segments, float32)
         if float32:
             return attend(q.float(), k.float(), v.float(), segments).to(q.dtype)

@@ -28,6 +28,7 @@ from functools import cache
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.profiler import record_function
 
 
 def checkpoint(block, x, *rest, offload: bool = False):
@@ -81,7 +82,8 @@ class Recomputed:
                 raise SecondRunDone
 
         x = to_device(self.x, self.device).detach().requires_grad_(self.needs_grad)
-        with (torch.random.fork_rng(self.cards, device_type=self.device.type),  # afterwards: the random state of before
+        with (record_function("recompute"),  # a name for the ledger (memory.py)
+              torch.random.fork_rng(self.cards, device_type=self.device.type),  # afterwards: the random state of before
               torch.autocast(self.device.type, **self.autocast), torch.enable_grad(),
               saved_tensors_hooks(uncompiled(catch), lambda _: None)):
             torch.set_rng_state(self.random[0])

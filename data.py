@@ -15,6 +15,7 @@ import datetime
 import functools
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from loss import IGNORE
-from tokenizer import Tokenizer, load_tokenizer  # noqa: F401  (data.load_tokenizer is the name to use)
+from tokenizer import Tokenizer, has_tokenizer, load_tokenizer  # noqa: F401  (data.load_tokenizer is the name to use)
 from weights import UserError
 
 # ---------------------------------------------------------------------------------------------- templates
@@ -216,6 +217,10 @@ class Example:
     targets: list[int]  # what it must predict: the next token, or -100
     n_bytes: int = 0  # UTF-8 bytes of the labelled text, for bits per byte
 
+    @property
+    def n_labels(self):
+        return sum(t != IGNORE for t in self.targets)
+
 
 @dataclass
 class Dataset:
@@ -229,7 +234,7 @@ class Dataset:
 
     @property
     def n_labels(self):
-        return sum(t != IGNORE for e in self.examples for t in e.targets)
+        return sum(e.n_labels for e in self.examples)
 
 
 def prompt_ids(row, template: str, tokenizer: Tokenizer) -> list[int]:
@@ -328,6 +333,28 @@ def plan(lengths: list[int], batch_size: int, grad_accum: int, seed: int, epoch:
         steps += [near[s:s + per_step] for s in range(0, len(near), per_step)]
     shuffled = [steps[i] for i in torch.randperm(len(steps), generator=rng).tolist()]
     return [[step[m:m + batch_size] for m in range(0, len(step), batch_size)] for step in shuffled]
+
+
+class Plan:
+    """Which examples each optimizer step of a run takes: plan() epoch by epoch."""
+
+    def __init__(self, data: Dataset, batch_size: int, grad_accum: int, seed: int, pack: bool = False):
+        self.examples, self.pack, self.how = data.examples, pack, (batch_size, grad_accum, seed)
+        self.lengths = [len(e.ids) for e in data.examples]
+        self.steps_per_epoch = math.ceil(len(data) / (batch_size * grad_accum))
+        self.epoch = self.steps = None
+
+    def micro_batches(self, step: int) -> list[list[Example]]:
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.steps = epoch, plan(self.lengths, *self.how, epoch)
+        return [[self.examples[j] for j in m] for m in self.steps[i]]
+
+    def size(self, step: int) -> tuple[int, int]:
+        """(positions, labels) of the step's first micro-batch, which is its largest: what activations grow with."""
+        first = self.micro_batches(step)[0]
+        lengths = [len(e.ids) for e in first]
+        return (sum(lengths) if self.pack else len(lengths) * max(lengths)), sum(e.n_labels for e in first)
 
 
 @dataclass

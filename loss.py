@@ -12,6 +12,7 @@ The textbook way builds logits (B, T, V), their float32 copy and their gradient.
 What stays for backward is one (N, C) gradient: for N = 2048 labelled tokens of GPT-2, 3 MB in 16 bit.
 """
 import torch
+from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
 IGNORE = -100  # the label of a position without a loss, as everywhere in PyTorch
@@ -66,7 +67,12 @@ def sum_loss(hidden, head, labels, chunk: int | None = None):
     labels: (B, T), the token that each position must predict, or -100. chunk: positions at a time (default: as many as
     keep 2^22 logits). Returns a float32 scalar. Under autocast the products run in autocast's type, the softmax in float32.
     """
-    labels, weight, bias, device = labels.reshape(-1), head.weight, head.bias, hidden.device.type
+    with record_function("loss"):  # a name for the ledger (memory.py), and for whoever profiles
+        return sum_of(hidden, head, labels.reshape(-1), chunk)
+
+
+def sum_of(hidden, head, labels, chunk):
+    weight, bias, device = head.weight, head.bias, hidden.device.type
     labelled = (labels != IGNORE).nonzero().squeeze(1)  # (N,)
     rest = -len(labelled) % 16  # matrix units work in tiles of 16 rows; fewer shapes, too (data.collate)
     h = F.pad(hidden.flatten(0, -2)[labelled], (0, 0, 0, rest))  # (N, C)

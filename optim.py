@@ -41,6 +41,8 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
+HOST = "cpu"  # the machine's memory, as against the card's
+
 
 class AdamW:
     """The interface of torch.optim.Optimizer, as far as train.py and GradScaler use it.
@@ -257,7 +259,7 @@ class PagedAdamW8bit(AdamW8bit):
         super().__init__(*args, **kwargs)
         self.device = next(p.device for g in self.param_groups for p in g["params"])
         self.cuda = self.device.type == "cuda"
-        self.home = {"device": "cpu", "pin_memory": self.cuda}
+        self.home = {"device": HOST, "pin_memory": self.cuda}
         self.side = torch.cuda.Stream(self.device) if self.cuda else None
 
     def update_chunks(self, chunks, group):
@@ -301,7 +303,7 @@ class OffloadAdamW(AdamW):
     """
 
     def __init__(self, groups, lr, device="cpu", dtype=torch.float32, **kwargs):
-        masters = {p: p.detach().to("cpu", torch.float32) for g in groups for p in g["params"]}
+        masters = {p: p.detach().to(HOST, torch.float32) for g in groups for p in g["params"]}
         super().__init__([{**g, "params": [masters[p] for p in g["params"]]} for g in groups], lr, **kwargs)
         self.masters = masters
         for p, master in masters.items():
@@ -312,7 +314,7 @@ class OffloadAdamW(AdamW):
         return self.masters[p]
 
     def take_gradient(self, p):
-        master, grad = self.masters[p], p.grad.cpu()  # in 16 bit over the bus
+        master, grad = self.masters[p], p.grad.to(HOST)  # in 16 bit over the bus
         p.grad = None
         master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
 

@@ -118,13 +118,23 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
+WORKSPACE: dict[tuple, tuple] = {}
+
+
 def workspace(device, chunk: int):
     """What dequantize_nf4 uses again and again, 8 MB: a table (256,) from a byte to its two levels, 4 + 4 bytes that pass
     for an int64; room for a chunk's indices and levels."""
-    byte = torch.arange(256)
-    table = torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).view(torch.int64).view(-1).to(device)
-    return table, torch.empty(chunk // 2, dtype=torch.int64, device=device), table.new_empty(chunk // 2)
+    if (device, chunk) not in WORKSPACE:
+        byte = torch.arange(256)
+        table = torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).view(torch.int64).view(-1).to(device)
+        index = torch.empty(chunk // 2, dtype=torch.int64, device=device)
+        WORKSPACE[device, chunk] = table, index, torch.empty_like(index)
+    return WORKSPACE[device, chunk]
+
+
+def kept() -> list[torch.Tensor]:
+    """The tensors that this file keeps from step to step, for the ledger."""
+    return [*ROOM.values(), *(t for tensors in WORKSPACE.values() for t in tensors)]
 
 
 # ---------------------------------------------------------------------------------------------- layers

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import memory
+import predict
 import weights
 from weights import UserError
 
@@ -36,11 +37,19 @@ def prepare_out(cfg) -> Path:
     return out
 
 
+def steps_done(cfg) -> int:
+    """0, or the step that --resume continues after."""
+    if not cfg.resume:
+        return 0
+    with weights.opened(Path(cfg.out) / "state" / "state.safetensors") as f:
+        return json.loads(f.metadata()["numbers"])["step"]
+
+
 def write_config(out: Path, cfg):
     here, git = Path(__file__).parent, None
     if (here / ".git").exists():
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    about = {"options": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("resume", "show_batch")},
+    about = {"options": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("resume", "show_batch", "dry_run")},
              "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seed": cfg.seed,
              "commit": git.stdout.strip() if git and git.returncode == 0 else None}
     weights.write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
@@ -133,6 +142,33 @@ def plot_losses(out: Path):
     plt.close(fig)
 
 
+def predicted(child) -> dict:
+    """The answer of predict.py, printed as it is used."""
+    found = predict.answer(child) if child else {"error": "--compile changes what is kept"}
+    if "error" in found:
+        print(f"the peak is not predicted: {found['error']}")
+        return {"peak": None, "by_category": None}
+    print(f"predicted peak {memory.human(found['peak'])} in tensors")
+    return found
+
+
+def table(measured: dict | None, predicted: dict | None) -> str:
+    """Bytes by category, one line each; a category that is empty in both has none."""
+    lines = []
+    for c in memory.CATEGORIES:
+        values = [d[c] for d in (measured, predicted) if d]
+        if any(values):
+            lines.append(f"{c:12}" + " ".join(f"{memory.human(v):>12}" for v in values))
+    return "\n".join([f"{'':12}" + "    measured    predicted" * 1] * bool(measured and predicted) + lines)
+
+
+def report_dry_run(cfg, found: dict, of: str):
+    params = found["params"]
+    print(f"{cfg.model}: {params['total']:,} parameters in {memory.human(params['bytes'])}, {params['trainable']:,} trainable "
+          f"({params['percent']:.4f} %)\n{of}\n")
+    print(f"predicted peak {memory.human(found['peak'])} in tensors on {cfg.device}\n{table(None, found['by_category'])}")
+
+
 def report(summary: dict, out: Path):
     m, loss = summary["memory"], summary["loss"]
     change = 100 * (loss["val_after"] / loss["val_before"] - 1)
@@ -141,8 +177,9 @@ def report(summary: dict, out: Path):
     if summary["tokens_per_s"]:
         print(f"speed         {summary['tokens_per_s']:,.0f} tokens/s, {summary['examples_per_s']:.2f} examples/s, "
               f"{summary['wall_s']:.0f} s in all")
-    print(f"peak memory   {memory.human(m['measured_peak'])} in tensors, {memory.human(m['rss_peak'])} resident"
-          + (f", {memory.human(m['reserved'])} reserved" if m["reserved"] else ""))
+    error = f" ({100 * (m['predicted_peak'] / m['measured_peak'] - 1):+.1f} %)" if m["predicted_peak"] else ""
+    print(f"peak memory   {memory.human(m['measured_peak'])} in tensors, {memory.human(m['predicted_peak'])} predicted{error}; "
+          f"{memory.human(m['rss_peak'])} resident" + (f", {memory.human(m['reserved'])} reserved" if m["reserved"] else ""))
     if m["by_category"]:
-        print("at the peak   " + ", ".join(f"{k} {memory.human(v)}" for k, v in m["by_category"].items() if v))
+        print("at the peak   " + table(m["by_category"], m["predicted_by_category"]).replace("\n", "\n              "))
     print(f"written       {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")

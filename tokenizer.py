@@ -196,6 +196,10 @@ class Tokenizer:
         return self._encode(text, specials)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model: a short name, org/name or a folder."""
     return Tokenizer(weights.find(str(name)))

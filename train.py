@@ -4,16 +4,14 @@
     python train.py --model gpt2 --lora-r 8 --amp --ckpt-every 2             GPT-2 124M
     python train.py --model DIR --data FILE --lora-r 8 --amp --batch-size 4  a model folder, your data
 
-Read `train` first: it is the loop. Around it stand the options (TrainConfig), what is checked before anything is loaded
-(resolve), the learning rate, evaluation; record.py writes the files that a run leaves in --out.
+Read `train_step` first, then `train`: the loop. Around them stand the learning rate, evaluation, saving and resuming;
+options.py has the options and what they refuse, record.py the files that a run leaves in --out.
 
 One step:   for each micro-batch:  loss = sum of token losses / labelled tokens of the *whole step*;  loss.backward()
             unscale (float16 only) -> clip -> AdamW -> zero
 The division is by the step's labels, not the micro-batch's: a mean of means weighs a token in a short micro-batch more
 than one in a long one, and 8 micro-batches of 1 are then not a batch of 8.
 """
-import argparse
-import dataclasses
 import json
 import math
 import os
@@ -21,7 +19,6 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -31,118 +28,14 @@ import generate
 import lora
 import lorainit
 import memory
+import predict
+import quant
 import record
 import weights
 from loss import sum_loss
 from optim import OPTIMIZERS
-from weights import ASSETS, UserError
-
-
-def option(default, group, help, **extra):
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, **extra})
-
-
-@dataclass
-class TrainConfig:
-    """Every option there is; the command line is generated from these lines. None means: decided in resolve()."""
-
-    model: str = option("gpt2-nano", "model", "short name (gpt2, llama-3.2-1b, smollm2-135m, ...), org/name or folder")
-    bits: int = option(None, "model", "how frozen weights are held (default: as stored if in 8 or 4; --amp: 16; else 32)",
-                       choices=(32, 16, 8, 4), type=int)
-    device: str = option(None, "model", "cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)", type=str)
-    seed: int = option(0, "model", "of the adapters, the order of the data, dropout")
-    compile: bool = option(False, "model", "torch.compile every block; needs a C++ compiler, takes a minute to start")
-    from_scratch: bool = option(False, "model", "start from random weights: pretraining, with --full")
-    lora_r: int = option(8, "lora", "rank r of the adapters")
-    lora_alpha: float = option(16.0, "lora", "the adapters' output is scaled by alpha / r")
-    lora_dropout: float = option(0.0, "lora", "dropout on the adapters' input")
-    lora_targets: str = option(None, "lora", "layers with an adapter, such as q_proj,v_proj or c_attn or all (default: Q "
-                               "and V; all for gpt2-nano)", type=str)
-    rslora: bool = option(False, "lora", "scale by alpha / sqrt(r) instead")
-    lora_init: str = option("default", "lora", "where adapters start: at nothing, at the error of rounding to 8 or 4 bits "
-                            "(loftq), at the weights' largest directions (pissa)", choices=lorainit.INITS)
-    full: bool = option(False, "lora", "train every weight, no adapters")
-    data: str = option(None, "data", "JSON, JSONL, CSV or TXT file (default: the bundled assets/support.jsonl)", type=str)
-    val_data: str = option(None, "data", "held-out file (default: val-frac of --data; the bundled data brings its own)",
-                           type=str)
-    val_frac: float = option(0.1, "data", "share of the rows held out when there is no --val-data")
-    template: str = option("auto", "data", "auto (the model's chat template, else alpaca), chat, alpaca or a .jinja file")
-    max_length: int = option(None, "data", "positions an example may have, the rest is cut off (default: 512, or all the "
-                             "model has)", type=int)
-    pack: bool = option(False, "data", "lay the examples of a micro-batch end to end instead of padding them")
-    show_batch: bool = option(False, "data", "print the first micro-batch, what is learned marked, and stop")
-    amp: bool = option(False, "memory", "matrix products in bfloat16 (float16 on cards without it)")
-    ckpt_every: int = option(0, "memory", "recompute every N-th layer's activations in backward (0: none, 1: all)")
-    ckpt_offload: bool = option(False, "memory", "what a checkpointed layer keeps waits in host memory")
-    batch_size: int = option(8, "memory", "examples a micro-batch")
-    grad_accum: int = option(1, "memory", "micro-batches an optimizer step")
-    optimizer: str = option("adamw", "memory", "adamw8bit: states of 8 bits; paged_adamw8bit: and in the machine's memory; "
-                            "offload_adamw: on the CPU, so that --full --amp has 16-bit weights", choices=tuple(OPTIMIZERS))
-    lr: float = option(None, "train", "peak learning rate (default: by the model's width, see default_lr)", type=float)
-    schedule: str = option("cosine", "train", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
-    warmup_steps: int = option(None, "train", "steps of linear warm-up (default: 5 %% of the steps)", type=int)
-    weight_decay: float = option(0.0, "train", "AdamW's decoupled weight decay, on matrices")
-    clip: float = option(1.0, "train", "largest norm of the gradient (0: no clipping)")
-    epochs: int = option(3, "train", "passes over the data, unless --steps")
-    steps: int = option(None, "train", "optimizer steps", type=int)
-    eval_every: int = option(None, "train", "steps between evaluations (default: an epoch)", type=int)
-    save_every: int = option(None, "train", "steps between saves of what --resume needs (default: as eval-every)", type=int)
-    samples: int = option(3, "output", "held-out prompts answered before and after, in samples.md")
-    out: str = option(None, "output", "folder of the run (default: runs/MODEL-1, -2, ...)", type=str)
-    resume: bool = option(False, "output", "continue the run in --out where its last save left it")
-
-
-def default_lr(width: int, full: bool) -> float:
-    """5e-5 * (2000 / n_embd)^0.781, ten times that for adapters: the fit to many LLaMA runs in Schulman et al.,
-    "LoRA Without Regret" (2025). GPT-2 124M: 1.1e-3 with LoRA; LLaMA-7B: 2.9e-4."""
-    return float(f"{5e-5 * (1 if full else 10) * (2000 / width) ** 0.781:.2g}")
-
-
-def resolve(cfg: TrainConfig) -> TrainConfig:
-    """Fill in what depends on other options; refuse what cannot apply. Nothing has been read or written yet."""
-    cfg = dataclasses.replace(cfg)
-    default = TrainConfig()
-    for name in ("max_length", "batch_size", "grad_accum", "epochs", "steps", "eval_every", "save_every"):
-        if (value := getattr(cfg, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("ckpt_every", "warmup_steps", "weight_decay", "clip", "samples", "lr"):
-        if (value := getattr(cfg, name)) is not None and not 0 <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must not be negative")
-    if cfg.full:
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "lora_init"):
-            if getattr(cfg, name) != getattr(default, name):
-                raise UserError(f"--{name.replace('_', '-')} has no effect with --full, which trains the weights themselves")
-        if cfg.bits in (8, 4) or cfg.bits == 16 and cfg.optimizer != "offload_adamw":
-            raise UserError(f"--bits {cfg.bits} with --full: small updates vanish in so few bits. --optimizer offload_adamw "
-                            f"keeps float32 masters of 16-bit weights; adapters, without --full, train over {cfg.bits} bits")
-    elif cfg.from_scratch:
-        raise UserError("--from-scratch needs --full: adapters on frozen random weights learn nothing")
-    if cfg.val_data and cfg.val_frac != default.val_frac:
-        raise UserError("--val-frac has no effect with --val-data")
-    if cfg.data is None:
-        if cfg.val_data or cfg.val_frac != default.val_frac:
-            raise UserError("--val-data and --val-frac belong to --data; the bundled data brings its own held-out file")
-        cfg.data, cfg.val_data = str(ASSETS / "support.jsonl"), str(ASSETS / "support-heldout.jsonl")
-    if cfg.steps and cfg.epochs != default.epochs:
-        raise UserError("--steps and --epochs both say how long to train; give one")
-    if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full:
-        # 4M parameters know little that Q and V alone could steer, and default_lr fits larger models: see LOG.md.
-        cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
-    if cfg.ckpt_offload and not cfg.ckpt_every:
-        raise UserError("--ckpt-offload has no effect without --ckpt-every: it moves what a recomputed layer keeps")
-    cfg.device = weights.usable_device(cfg.device)
-    return cfg
-
-
-def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
-    """How the frozen weights are held. stored: 8 or 4 for a checkpoint that is quantised already."""
-    if stored and cfg.full:
-        raise UserError(f"--full: {cfg.model} is stored in {stored} bit; only adapters can be trained on it")
-    bits = cfg.bits or stored or (16 if cfg.amp and (not cfg.full or cfg.optimizer == "offload_adamw") else 32)
-    if bits < 32 and not cfg.amp:
-        raise UserError(f"--bits {bits} needs --amp: such weights are multiplied in 16 bit")
-    lorainit.check(cfg.lora_init, bits, stored, cfg.lora_alpha)
-    return bits
+from options import TrainConfig, parse, resolve, resolve_for
+from weights import UserError
 
 
 def learning_rate(step: int, cfg: TrainConfig, total: int) -> float:
@@ -199,48 +92,35 @@ def main(cfg: TrainConfig) -> dict:
     if cfg.resume:
         cfg = record.options_of_run(cfg)
     cfg = resolve(cfg)
+    if cfg.dry_run:
+        return dry_run(cfg)
     folder = weights.find(cfg.model)
     model_config, _, raw_config = weights.read_config(folder)
-    cfg.bits = resolve_bits(cfg, weights.stored_bits(folder))
-    cfg.max_length = cfg.max_length or min(512, model_config.n_positions)
-    if cfg.max_length > model_config.n_positions:
-        raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has {model_config.n_positions} positions")
-    if cfg.ckpt_every > model_config.n_layer:
-        raise UserError(f"--ckpt-every {cfg.ckpt_every} recomputes nothing: {cfg.model} has {model_config.n_layer} layers")
-    cfg.lr = default_lr(model_config.n_embd, cfg.full) if cfg.lr is None else cfg.lr
-
-    tokenizer = data.load_tokenizer(cfg.model)
-    template = data.load_template(cfg.template, tokenizer)
-    rows = data.read_rows(cfg.data)
-    rows, val_rows = (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.split(rows, cfg.val_frac, cfg.seed)
-    train_set, val_set = (data.build(r, tokenizer, template, cfg.max_length) for r in (rows, val_rows))
+    resolve_for(cfg, model_config, weights.stored_bits(folder))
+    tokenizer, template, train_set, val_set = read_data(cfg)
+    plan = data.Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack)
     if cfg.show_batch:
-        first = data.plan([len(e.ids) for e in train_set.examples], cfg.batch_size, cfg.grad_accum, cfg.seed, 0)[0][0]
-        print(data.show([train_set.examples[i] for i in first], tokenizer, sys.stdout.isatty()))
+        print(data.show(plan.micro_batches(0)[0], tokenizer, sys.stdout.isatty()))
         return {}
-    steps_per_epoch = math.ceil(len(train_set) / (cfg.batch_size * cfg.grad_accum))
-    cfg.steps = cfg.steps or cfg.epochs * steps_per_epoch
+    cfg.steps = cfg.steps or cfg.epochs * plan.steps_per_epoch
     cfg.warmup_steps = cfg.steps // 20 if cfg.warmup_steps is None else cfg.warmup_steps
     if cfg.warmup_steps >= cfg.steps:
         raise UserError(f"--warmup-steps {cfg.warmup_steps}: the run has {cfg.steps} steps, the full rate is never reached")
-    cfg.eval_every = cfg.eval_every or steps_per_epoch
+    cfg.eval_every = cfg.eval_every or plan.steps_per_epoch
     cfg.save_every = cfg.save_every or cfg.eval_every
     out = record.prepare_out(cfg)
+    done = record.steps_done(cfg)
+    largest = max(range(min(done + 1, cfg.steps - 1), cfg.steps), key=plan.size)
+    prediction = None if cfg.compile else predict.start(cfg, predict.sizes(plan, largest))
 
     torch.manual_seed(cfg.seed)
     offload = cfg.full and cfg.optimizer == "offload_adamw"  # float32 on the CPU first: the masters
     place, bits = ("cpu", 32) if offload else (cfg.device, cfg.bits)
     model = weights.from_scratch(cfg.model, place, cfg.seed) if cfg.from_scratch else weights.load(cfg.model, bits, place)
-    if cfg.full:
-        model.requires_grad_(True)
-    else:
-        targets = cfg.lora_targets.split(",") if cfg.lora_targets else None
-        init = "default" if cfg.resume else cfg.lora_init  # the start comes with the state
-        lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora, init)
-    model.ckpt_every, model.ckpt_offload = cfg.ckpt_every, cfg.ckpt_offload
+    prepare(model, cfg)
     if cfg.ckpt_offload and torch.device(cfg.device).type != "cuda":
         print(f"--ckpt-offload: on {cfg.device} host and device memory are the same; nothing moves, nothing is saved")
-    run = Run(cfg, out, model, tokenizer, template, train_set, val_set, raw_config)
+    run = Run(cfg, out, model, tokenizer, template, plan, val_set, raw_config)
     params = memory.count(model)
     print(f"{cfg.model}: {params['total']:,} parameters in {memory.human(params['bytes'])}, "
           f"{params['trainable']:,} trainable ({params['percent']:.4f} %)")
@@ -252,15 +132,35 @@ def main(cfg: TrainConfig) -> dict:
         record.write_config(out, cfg)
     print(f"{cfg.steps} steps of {cfg.batch_size} x {cfg.grad_accum}, lr {cfg.lr:g}, {cfg.device}"
           + (f", {str(weights.half_dtype(cfg.device)).removeprefix('torch.')}" if cfg.amp else "") + f" -> {out}")
-    return run.train(params)
+    return run.train(params, prediction)
+
+
+def read_data(cfg: TrainConfig):
+    tokenizer = data.load_tokenizer(cfg.model)
+    template = data.load_template(cfg.template, tokenizer)
+    rows = data.read_rows(cfg.data)
+    rows, val_rows = (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.split(rows, cfg.val_frac, cfg.seed)
+    train_set, val_set = (data.build(r, tokenizer, template, cfg.max_length) for r in (rows, val_rows))
+    return tokenizer, template, train_set, val_set
+
+
+def prepare(model, cfg: TrainConfig):
+    """Say what is trained (adapters, or everything) and what is recomputed."""
+    if cfg.full:
+        model.requires_grad_(True)
+    else:
+        targets = cfg.lora_targets.split(",") if cfg.lora_targets else None
+        init = "default" if cfg.resume else cfg.lora_init  # the start comes with the state
+        lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora, init)
+    model.ckpt_every, model.ckpt_offload = cfg.ckpt_every, cfg.ckpt_offload
 
 
 class Run:
     """The state of one training run: the model, the optimizer, where it stands, and what it has seen."""
 
-    def __init__(self, cfg, out, model, tokenizer, template, train_set, val_set, raw_config):
+    def __init__(self, cfg, out, model, tokenizer, template, plan, val_set, raw_config):
         self.cfg, self.out, self.model, self.tokenizer, self.template = cfg, out, model, tokenizer, template
-        self.train_set, self.val_set, self.raw_config = train_set, val_set, raw_config
+        self.plan, self.val_set, self.raw_config = plan, val_set, raw_config
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = [p for p in trainable.values() if p.dim() >= 2]
         vectors = [p for p in trainable.values() if p.dim() < 2]  # norms and biases are not decayed
@@ -280,13 +180,7 @@ class Run:
         self.interrupted = False
 
     def micro_batches(self, step: int) -> list:
-        epoch, i = divmod(step, math.ceil(len(self.train_set) / (self.cfg.batch_size * self.cfg.grad_accum)))
-        if getattr(self, "planned", None) != epoch:
-            lengths = [len(e.ids) for e in self.train_set.examples]
-            self.plan = data.plan(lengths, self.cfg.batch_size, self.cfg.grad_accum, self.cfg.seed, epoch)
-            self.planned = epoch
-        examples = self.train_set.examples
-        return [data.collate([examples[j] for j in m], self.cfg.pack, self.cfg.max_length) for m in self.plan[i]]
+        return [data.collate(m, self.cfg.pack, self.cfg.max_length) for m in self.plan.micro_batches(step)]
 
     def train_step(self) -> dict:
         """One optimizer step over its micro-batches; returns the line for metrics.jsonl."""
@@ -322,7 +216,7 @@ class Run:
         self.seen["skipped"] += 1
         return self.scaler.is_enabled() and self.seen["skipped"] < 25
 
-    def train(self, params: dict) -> dict:
+    def train(self, params: dict, prediction) -> dict:
         cfg, model, seen = self.cfg, self.model, self.seen
         started = time.perf_counter() - seen["wall_s"]
         prompts = [p for p in map(data.prompt_of, self.val_set.rows) if p]
@@ -334,21 +228,25 @@ class Run:
                 block.compile(dynamic=True)
         if seen["val_before"] is None:
             self.evaluate("val_before")
-        if torch.device(cfg.device).type == "cuda":
+        predicted = record.predicted(prediction)
+        cuda = "cuda" if torch.device(cfg.device).type == "cuda" else None
+        if cuda:
             torch.cuda.reset_peak_memory_stats(cfg.device)
-        speed, ledger, first = [], None, self.step
-        measured = first + 1 if cfg.steps > first + 1 else first  # AdamW's state exists from the second step on
+        # The ledger watches the second step, as AdamW's state exists from there on, and every later one that is larger than
+        # those it has seen: of 336 some 6. What they need is the peak of the run.
+        speed, ledger, watched, first = [], None, (0, 0), min(self.step + 1, cfg.steps - 1)
         model.train()
         bar = tqdm(total=cfg.steps, initial=self.step, disable=not sys.stderr.isatty(), desc="training", unit="step")
         with InterruptFlag() as interrupt:
             while self.step < cfg.steps:
-                # The ledger watches every operator of one step, where CUDA's allocator does not count for us.
-                if self.step == measured and torch.device(cfg.device).type != "cuda" and not cfg.compile:
-                    with memory.Ledger(model, self.optimizer) as ledger:
+                if self.step >= first and self.plan.size(self.step) > watched and not cfg.compile:
+                    watched = self.plan.size(self.step)
+                    with memory.Ledger(model, self.optimizer, quant.kept(), cuda) as book:
                         line = self.train_step()
+                    ledger = max(ledger or book, book, key=lambda book: book.peak)
                 else:
                     line = self.train_step()
-                    if self.step > first + 1:
+                    if self.step > first:
                         speed.append(line)
                 seen["loss_first"] = line["loss"] if seen["loss_first"] is None else seen["loss_first"]
                 seen["loss_last"] = line["loss"]
@@ -376,11 +274,12 @@ class Run:
         after = self.sample(prompts)
         record.write_samples(self.out / "samples.md", cfg, prompts, seen["samples"], after)
         seen["wall_s"] = time.perf_counter() - started
-        cuda = memory.cuda_peak(cfg.device)
         summary = {
             "params": {k: params[k] for k in ("total", "trainable", "percent")},
-            "memory": {"measured_peak": self.peak(ledger), "reserved": cuda[1] if cuda else None,
-                       "rss_peak": memory.rss_peak(), "by_category": ledger.at_peak if ledger else None},
+            "memory": {"predicted_peak": predicted["peak"], "measured_peak": self.peak(ledger),
+                       "reserved": memory.cuda_peak(cfg.device)[1] if cuda else None, "rss_peak": memory.rss_peak(),
+                       "predicted_by_category": predicted["by_category"],
+                       "by_category": ledger.at_peak if ledger else None},
             "loss": {"first": seen["loss_first"], "last": seen["loss_last"], "val_before": seen["val_before"],
                      "val_after": seen["val_after"], "val_best": seen["val_best"]},
             "tokens_per_s": record.per_second(speed, "tokens"), "examples_per_s": record.per_second(speed, "examples"),
@@ -492,19 +391,25 @@ class InterruptFlag:
             signal.signal(signal.SIGINT, self.before)
 
 
-def parse(argv=None) -> TrainConfig:
-    p = argparse.ArgumentParser(prog="train.py", description="Fine-tune a language model, every byte accounted for.")
-    groups = {}
-    for f in dataclasses.fields(TrainConfig):
-        group = groups.setdefault(f.metadata["group"], p.add_argument_group(f.metadata["group"]))
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.type is bool:
-            group.add_argument(name, action="store_true", help=text)
-        else:
-            text += "" if f.default is None else " (default: %(default)s)"
-            group.add_argument(name, type=f.metadata.get("type", f.type), default=f.default, help=text,
-                               choices=f.metadata.get("choices"), metavar=None if "choices" in f.metadata else "X")
-    return TrainConfig(**vars(p.parse_args(argv)))
+def dry_run(cfg: TrainConfig) -> dict:
+    """--dry-run: what the run would peak at. No weights are read, nothing is downloaded or written.
+
+    With the model's folder on this machine the largest step of the data is predicted, else one of full length."""
+    model_config, _, _ = weights.config_of(cfg.model)
+    folder = weights.here(cfg.model)
+    resolve_for(cfg, model_config, weights.stored_bits(folder) if folder else None)
+    if folder and data.has_tokenizer(folder):
+        _, _, train_set, _ = read_data(cfg)
+        plan = data.Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack)
+        sizes = predict.sizes(plan, max(range(cfg.steps or plan.steps_per_epoch), key=plan.size))
+        of = f"the largest step of {cfg.data}"
+    else:
+        data.read_rows(cfg.data)
+        sizes = [[(cfg.max_length, cfg.max_length)] * cfg.batch_size] * cfg.grad_accum
+        of = f"a step of full length, all of it learned ({cfg.model}'s tokenizer is not on this machine to measure the data)"
+    found = predict.predict(cfg, sizes)
+    record.report_dry_run(cfg, found, of)
+    return found
 
 
 if __name__ == "__main__":

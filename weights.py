@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 import gpt2
 import llama
+import memory
 import phi
 import quant
 
@@ -155,6 +156,14 @@ def read_config(folder: Path):
         raise UserError(f"{path}: {e}") from None
 
 
+def config_of(name):
+    return read_config(find(name))
+
+
+def here(name):
+    return find(name)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model. Pickle is refused: unpickling runs whatever code the file holds."""
     folder = Path(folder)
@@ -269,6 +278,27 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
         raise UserError(f"{folder}: lm_head.weight differs from the embedding, but config.json ties them; "
                         f"set \"tie_word_embeddings\": false in it")
     model.source, model.bits = str(name), bits  # an adapter's files record them
+    return model
+
+
+def hollow(config, model_class, bits: int) -> nn.Module:
+    """The model that load() makes, without a file and without memory: to be used inside memory.Hollow."""
+    with torch.device("meta"), NoInit():
+        model = model_class(config)
+    low_bit, made = low_bit_weights(model) if bits < 16 else (), {}
+    for n, p in list(model.named_parameters()):
+        if n in low_bit:
+            owner, _, leaf = n.removesuffix(".weight").rpartition(".")
+            like = model.get_submodule(owner).get_submodule(leaf)
+            if p.shape not in made:
+                made[p.shape] = quant.quantize(like, memory.hollow(p.shape, torch.float32), bits)
+            twin = made[p.shape]
+            layer = type(twin)(like, twin.weight.clone(), *(scale.clone() for scale in twin.buffers()))
+            setattr(model.get_submodule(owner), leaf, layer)
+        else:
+            set_parameter(model, n, memory.hollow(p.shape, torch.float32 if bits == 32 else torch.bfloat16))
+    model.tie()
+    model.bits = bits
     return model
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import predict  # noqa: E402
 import weights  # noqa: E402
 
 NANO = ROOT / "assets" / "gpt2-nano"
@@ -75,3 +76,10 @@ def llama_folder(tmp_path):
 @pytest.fixture
 def data_file(tmp_path):
     return make_data(tmp_path / "data.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def predictions_in_this_process(monkeypatch):
+    """A child process for each of hundreds of tiny runs would take 4 seconds each. test_predict.py has the child as it is."""
+    monkeypatch.setattr(predict, "start", lambda cfg, micro_batches: (cfg, micro_batches))
+    monkeypatch.setattr(predict, "answer", lambda asked: predict.predict(*asked))

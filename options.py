@@ -1,0 +1,149 @@
+"""Every option of train.py, what follows from what, and which combinations are refused.
+
+The command line is made from the dataclass below, and so are a run's config.json and what --resume compares. An option that
+cannot apply stops the run before anything is loaded; none is ignored.
+"""
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import lorainit
+import weights
+from optim import OPTIMIZERS
+from weights import ASSETS, UserError
+
+
+def option(default, group, help, **extra):
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, **extra})
+
+
+@dataclass
+class TrainConfig:
+    """Every option there is; the command line is generated from these lines. None means: decided in resolve()."""
+
+    model: str = option("gpt2-nano", "model", "short name (gpt2, llama-3.2-1b, smollm2-135m, ...), org/name or folder")
+    bits: int = option(None, "model", "how frozen weights are held (default: as stored if in 8 or 4; --amp: 16; else 32)",
+                       choices=(32, 16, 8, 4), type=int)
+    device: str = option(None, "model", "cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)", type=str)
+    seed: int = option(0, "model", "of the adapters, the order of the data, dropout")
+    compile: bool = option(False, "model", "torch.compile every block; needs a C++ compiler, takes a minute to start")
+    from_scratch: bool = option(False, "model", "start from random weights: pretraining, with --full")
+    lora_r: int = option(8, "lora", "rank r of the adapters")
+    lora_alpha: float = option(16.0, "lora", "the adapters' output is scaled by alpha / r")
+    lora_dropout: float = option(0.0, "lora", "dropout on the adapters' input")
+    lora_targets: str = option(None, "lora", "layers with an adapter, such as q_proj,v_proj or c_attn or all (default: Q "
+                               "and V; all for gpt2-nano)", type=str)
+    rslora: bool = option(False, "lora", "scale by alpha / sqrt(r) instead")
+    lora_init: str = option("default", "lora", "where adapters start: at nothing, at the error of rounding to 8 or 4 bits "
+                            "(loftq), at the weights' largest directions (pissa)", choices=lorainit.INITS)
+    full: bool = option(False, "lora", "train every weight, no adapters")
+    data: str = option(None, "data", "JSON, JSONL, CSV or TXT file (default: the bundled assets/support.jsonl)", type=str)
+    val_data: str = option(None, "data", "held-out file (default: val-frac of --data; the bundled data brings its own)",
+                           type=str)
+    val_frac: float = option(0.1, "data", "share of the rows held out when there is no --val-data")
+    template: str = option("auto", "data", "auto (the model's chat template, else alpaca), chat, alpaca or a .jinja file")
+    max_length: int = option(None, "data", "positions an example may have, the rest is cut off (default: 512, or all the "
+                             "model has)", type=int)
+    pack: bool = option(False, "data", "lay the examples of a micro-batch end to end instead of padding them")
+    show_batch: bool = option(False, "data", "print the first micro-batch, what is learned marked, and stop")
+    amp: bool = option(False, "memory", "matrix products in bfloat16 (float16 on cards without it)")
+    ckpt_every: int = option(0, "memory", "recompute every N-th layer's activations in backward (0: none, 1: all)")
+    ckpt_offload: bool = option(False, "memory", "what a checkpointed layer keeps waits in host memory")
+    batch_size: int = option(8, "memory", "examples a micro-batch")
+    grad_accum: int = option(1, "memory", "micro-batches an optimizer step")
+    dry_run: bool = option(False, "memory", "predict the peak and stop: nothing is downloaded, no weights are read")
+    optimizer: str = option("adamw", "memory", "adamw8bit: states of 8 bits; paged_adamw8bit: and in the machine's memory; "
+                            "offload_adamw: on the CPU, so that --full --amp has 16-bit weights", choices=tuple(OPTIMIZERS))
+    lr: float = option(None, "train", "peak learning rate (default: by the model's width, see default_lr)", type=float)
+    schedule: str = option("cosine", "train", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = option(None, "train", "steps of linear warm-up (default: 5 %% of the steps)", type=int)
+    weight_decay: float = option(0.0, "train", "AdamW's decoupled weight decay, on matrices")
+    clip: float = option(1.0, "train", "largest norm of the gradient (0: no clipping)")
+    epochs: int = option(3, "train", "passes over the data, unless --steps")
+    steps: int = option(None, "train", "optimizer steps", type=int)
+    eval_every: int = option(None, "train", "steps between evaluations (default: an epoch)", type=int)
+    save_every: int = option(None, "train", "steps between saves of what --resume needs (default: as eval-every)", type=int)
+    samples: int = option(3, "output", "held-out prompts answered before and after, in samples.md")
+    out: str = option(None, "output", "folder of the run (default: runs/MODEL-1, -2, ...)", type=str)
+    resume: bool = option(False, "output", "continue the run in --out where its last save left it")
+
+
+def default_lr(width: int, full: bool) -> float:
+    """5e-5 * (2000 / n_embd)^0.781, ten times that for adapters: the fit to many LLaMA runs in Schulman et al.,
+    "LoRA Without Regret" (2025). GPT-2 124M: 1.1e-3 with LoRA; LLaMA-7B: 2.9e-4."""
+    return float(f"{5e-5 * (1 if full else 10) * (2000 / width) ** 0.781:.2g}")
+
+
+def resolve(cfg: TrainConfig) -> TrainConfig:
+    """Fill in what depends on other options; refuse what cannot apply. Nothing has been read or written yet."""
+    cfg = dataclasses.replace(cfg)
+    default = TrainConfig()
+    for name in ("max_length", "batch_size", "grad_accum", "epochs", "steps", "eval_every", "save_every"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("ckpt_every", "warmup_steps", "weight_decay", "clip", "samples", "lr"):
+        if (value := getattr(cfg, name)) is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must not be negative")
+    if cfg.full:
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "lora_init"):
+            if getattr(cfg, name) != getattr(default, name):
+                raise UserError(f"--{name.replace('_', '-')} has no effect with --full, which trains the weights themselves")
+        if cfg.bits in (8, 4) or cfg.bits == 16 and cfg.optimizer != "offload_adamw":
+            raise UserError(f"--bits {cfg.bits} with --full: small updates vanish in so few bits. --optimizer offload_adamw "
+                            f"keeps float32 masters of 16-bit weights; adapters, without --full, train over {cfg.bits} bits")
+    elif cfg.from_scratch:
+        raise UserError("--from-scratch needs --full: adapters on frozen random weights learn nothing")
+    if cfg.val_data and cfg.val_frac != default.val_frac:
+        raise UserError("--val-frac has no effect with --val-data")
+    if cfg.data is None:
+        if cfg.val_data or cfg.val_frac != default.val_frac:
+            raise UserError("--val-data and --val-frac belong to --data; the bundled data brings its own held-out file")
+        cfg.data, cfg.val_data = str(ASSETS / "support.jsonl"), str(ASSETS / "support-heldout.jsonl")
+    if cfg.steps and cfg.epochs != default.epochs:
+        raise UserError("--steps and --epochs both say how long to train; give one")
+    if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full:
+        # 4M parameters know little that Q and V alone could steer, and default_lr fits larger models: see LOG.md.
+        cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
+    if cfg.ckpt_offload and not cfg.ckpt_every:
+        raise UserError("--ckpt-offload has no effect without --ckpt-every: it moves what a recomputed layer keeps")
+    if not (cfg.dry_run and cfg.device):  # a card can be predicted where there is none
+        cfg.device = weights.usable_device(cfg.device)
+    return cfg
+
+
+def resolve_for(cfg: TrainConfig, config, stored: int | None):
+    """Fill in what depends on the model. config: its Config; stored: 8 or 4 for a checkpoint that is quantised already."""
+    cfg.bits = resolve_bits(cfg, stored)
+    cfg.max_length = cfg.max_length or min(512, config.n_positions)
+    if cfg.max_length > config.n_positions:
+        raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has {config.n_positions} positions")
+    if cfg.ckpt_every > config.n_layer:
+        raise UserError(f"--ckpt-every {cfg.ckpt_every} recomputes nothing: {cfg.model} has {config.n_layer} layers")
+    cfg.lr = default_lr(config.n_embd, cfg.full) if cfg.lr is None else cfg.lr
+
+
+def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
+    """How the frozen weights are held."""
+    if stored and cfg.full:
+        raise UserError(f"--full: {cfg.model} is stored in {stored} bit; only adapters can be trained on it")
+    bits = cfg.bits or stored or (16 if cfg.amp and (not cfg.full or cfg.optimizer == "offload_adamw") else 32)
+    if bits < 32 and not cfg.amp:
+        raise UserError(f"--bits {bits} needs --amp: such weights are multiplied in 16 bit")
+    lorainit.check(cfg.lora_init, bits, stored, cfg.lora_alpha)
+    return bits
+
+
+def parse(argv=None) -> TrainConfig:
+    p = argparse.ArgumentParser(prog="train.py", description="Fine-tune a language model, every byte accounted for.")
+    groups = {}
+    for f in dataclasses.fields(TrainConfig):
+        group = groups.setdefault(f.metadata["group"], p.add_argument_group(f.metadata["group"]))
+        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            group.add_argument(name, action="store_true", help=text)
+        else:
+            text += "" if f.default is None else " (default: %(default)s)"
+            group.add_argument(name, type=f.metadata.get("type", f.type), default=f.default, help=text,
+                               choices=f.metadata.get("choices"), metavar=None if "choices" in f.metadata else "X")
+    return TrainConfig(**vars(p.parse_args(argv)))
