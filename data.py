@@ -23,9 +23,9 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
+from hub import UserError
 from loss import IGNORE
 from tokenizer import Tokenizer, load_tokenizer  # noqa: F401  (data.load_tokenizer is the name to use)
-from weights import UserError
 
 # ---------------------------------------------------------------------------------------------- templates
 

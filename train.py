@@ -33,9 +33,10 @@ import lorainit
 import memory
 import record
 import weights
+from hub import ASSETS
 from loss import sum_loss
 from optim import OPTIMIZERS
-from weights import ASSETS, UserError
+from weights import UserError
 
 
 def option(default, group, help, **extra):

@@ -15,6 +15,7 @@ from hub_server import COMMIT, Hub
 from safetensors.torch import load_file, save, save_file
 
 import weights
+from hub import is_complete
 
 WAYS_ON = r"a local folder .* gpt2-nano, which is bundled"
 
@@ -149,7 +150,7 @@ def test_what_cannot_be_downloaded_is_named(hub, models, tmp_path):
 
 
 def test_local_folder_and_bundled_model_come_first(monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "from_hub", lambda *a: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("hub.from_hub", lambda *a: pytest.fail("the hub was asked"))
     monkeypatch.chdir(tmp_path)
     for name in ("org/tiny", "gpt2", "gpt2-nano"):
         make_folder(tmp_path / name)
@@ -168,7 +169,7 @@ def test_download_that_breaks_off_then_a_whole_one_then_none(cut_off, models):
     assert any(r.endswith("/model-00002-of-00002.safetensors") for r in hub.requests), "this proves nothing"
     snapshots = list((home / "hub" / "models--org--sharded" / "snapshots").iterdir())
     assert snapshots, "this proves nothing"
-    assert not any(weights.is_complete(s) for s in snapshots)
+    assert not any(is_complete(s) for s in snapshots)
 
     hub.cut.clear()
     got = results_of(run(["-c", LOAD, "org/sharded", "gpt2"], home, hub.url))
