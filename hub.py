@@ -184,3 +184,19 @@ def is_complete(folder: Path) -> bool:
         return all(f.is_file() for f in weight_files(folder))
     except UserError:
         return False
+
+
+# ---------------------------------------------------------------------------------------------- name -> config.json
+
+def config_file(name: str) -> Path | None:
+    """config.json in the first three of the places, None if it is in none. Its weights need not be there."""
+    if folder := local_folder(name):
+        return folder / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+    cached = (try_to_load_from_cache(repo, "config.json") for repo in names_in_cache(name, repository(name)))
+    return next((Path(path) for path in cached if isinstance(path, str)), None)
+
+
+def known_config(name: str) -> dict | None:
+    """What counts of config.json, from the table above, for a short name or the hub repository of one; else None."""
+    return next((config for short, (repo, config) in SHORT_NAMES.items() if name in (short, repo)), None)

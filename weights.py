@@ -21,6 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import gpt2
+import hub
 import llama
 import phi
 import quant
@@ -51,6 +52,20 @@ def read_config(folder: Path):
         raise UserError(f"{path}: key {e} is missing") from None
     except (ValueError, TypeError, ZeroDivisionError) as e:  # of these the last two are values that make no sense
         raise UserError(f"{path}: {e}") from None
+
+
+def config_of(name: str):
+    """(Config, model class, the raw dict) of a model whose weights need not be on this machine; no network is asked.
+
+    What is on disk goes before what hub.py knows of the short names. Raises UserError where there is neither.
+    """
+    if path := hub.config_file(str(name)):
+        return read_config(path.parent)
+    if not (raw := hub.known_config(str(name))):
+        raise UserError(f"{name} is not on this machine. Its config.json alone would do, without the weights: give a folder "
+                        f"that has it, or one of the short names ({', '.join(['gpt2-nano', *hub.SHORT_NAMES])})")
+    config_class, model_class = FAMILIES[raw["model_type"]]
+    return config_class.from_json(raw), model_class, raw
 
 
 def half_dtype(device) -> torch.dtype:
