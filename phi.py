@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from attention import attend
 from checkpoint import checkpoint
+from gpt2 import LayerNorm
 
 # config.json keys that do not change what the model computes when it runs or is fine-tuned.
 HARMLESS = set("""architectures auto_map model_type transformers_version torch_dtype dtype bos_token_id eos_token_id
@@ -153,7 +154,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.input_layernorm = LayerNorm(config.n_embd, eps=config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
 
@@ -169,7 +170,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.final_layernorm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.final_layernorm = LayerNorm(config.n_embd, eps=config.norm_eps)
 
 
 class Phi(nn.Module):

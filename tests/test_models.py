@@ -349,6 +349,22 @@ def test_rms_norm_is_float32_under_autocast(dtype, weight_dtype):
     assert all(map(torch.equal, got, wanted))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "phi"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layer_norm_is_outside_autocast(family, dtype, monkeypatch):
+    """CUDA's autocast would give it a float32 copy to keep; a CPU's does nothing to it, so here only its state is seen."""
+    model, seen, layer_norm = build(family).to(dtype), [], torch.nn.functional.layer_norm
+
+    def recorded(x, *args):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return layer_norm(x, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", recorded)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden(token_ids(1, 5)).dtype == dtype
+    assert seen == [(dtype, False)] * (7 if family == "gpt2" else 4)
+
+
 # ---------------------------------------------------------------------------------------------- tables, caches, packing
 
 @pytest.mark.parametrize("rope", [LLAMA3 | {"original_max_position_embeddings": 8192}, {"rope_theta": 10000.0}],
