@@ -84,6 +84,19 @@ class Conv1D(nn.Module):
         return F.linear(x, self.weight.t(), self.bias)  # t() is a view: no copy
 
 
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / std * weight + bias, in the type of x. The kernel computes in float32 by itself and rounds once.
+
+    CUDA's autocast does not count on that: it would give the kernel a float32 copy of a 16-bit x and return float32.
+    Backward keeps the copy: 4C bytes a token and norm instead of 2C, 157 MB instead of 79 over the 25 norms of GPT-2 124M
+    for 4 x 512 tokens. A CPU's autocast lets x be.
+    """
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -116,9 +129,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.ln_1 = LayerNorm(config.n_embd, eps=config.norm_eps)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.ln_2 = LayerNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, segments=None, cache=None):
@@ -138,7 +151,7 @@ class GPT2(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.ln_f = LayerNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
 

@@ -133,6 +133,13 @@ def turn(x, cos, sin):
     return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
+def row_dot(a, b):
+    """sum(a b) of each row, (..., C) -> (..., 1), in the type of a and b. To autocast vecdot is a matrix product, which it
+    would multiply in 16 bit: 8 bits of mantissa in bfloat16, and float16 overflows at a sum of 65,504."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.linalg.vecdot(a, b)[..., None]
+
+
 class RMSNormFunction(torch.autograd.Function):
     """y = w x r,  r = 1 / sqrt(mean(x^2) + eps)  (arXiv:1910.07467), in float32; one r a row.
 
@@ -143,7 +150,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         x32 = x.to(torch.float32, copy=True)
-        r = torch.rsqrt(torch.linalg.vecdot(x32, x32)[..., None] / x.shape[-1] + eps)
+        r = torch.rsqrt(row_dot(x32, x32) / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, r)
         return x32.mul_(r).to(torch.promote_types(x.dtype, weight.dtype)).mul_(weight).to(x.dtype)
 
@@ -155,7 +162,7 @@ class RMSNormFunction(torch.autograd.Function):
             dw = (grad * x32 * r).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             g = grad.to(torch.float32, copy=True).mul_(weight)
-            mean = torch.linalg.vecdot(g, x32)[..., None] / x.shape[-1]
+            mean = row_dot(g, x32) / x.shape[-1]
             dx = g.mul_(r).addcmul_(x32, mean * r.pow(3), value=-1).to(x.dtype)
         return dx, dw, None
 

@@ -1,11 +1,13 @@
-"""Where the bytes are: count parameters, measure a run.
+"""Where the bytes are: count parameters, measure a run, predict one.
+
+    python memory.py --model llama-2-7b --fit 8GB --max-length 1024        the cheapest options that fit a card: fit.py
 
 "Memory" has three meanings, and a table that mixes them says nothing. Each has its own name here:
 
     live tensor bytes   the sum of the storages that tensors hold at one moment; its peak over a training step. Exact,
                         the same on every machine, split by category. Measured by the Ledger below.
     allocated           on CUDA: what PyTorch's caching allocator has handed out (`max_memory_allocated`): the live
-                        tensors rounded up to 512 bytes, and workspaces. `reserved` is what it took from the card.
+                        tensors rounded up, and workspaces (allocator.py). `reserved` is what it took from the card.
     RSS                 what the operating system gives the process: live tensors + PyTorch's own code (some 300 MB)
                         + what the C library keeps for reuse. It is what must fit into the machine.
 """
@@ -67,7 +69,7 @@ class Ledger(TorchDispatchMode):
 
     So a category is known when a storage's life is over, not when it begins; the split is read from the book afterwards.
     Nothing is left out for lying on another device than the model: in a run on the CPU the machine's memory is the memory.
-    `device` ("cuda") counts that device's alone, in the 512 bytes that the card's allocator rounds to.
+    `device` ("cuda") counts that device's alone.
     """
 
     @classmethod
@@ -117,9 +119,9 @@ class Ledger(TorchDispatchMode):
         if key not in self.numbers:
             if self.device and storage.device.type != self.device:
                 return
-            number, size = len(self.sizes), storage.nbytes()
+            number = len(self.sizes)
             self.numbers[key] = number, weakref.ref(storage, lambda _: self.forget(key))
-            self.sizes.append(-(-size // 512) * 512 if self.device else size)
+            self.sizes.append(storage.nbytes())
             self.categories.append("temporaries" if key in self.workspace else None)
             self.book.append(number)
             self.total += self.sizes[number]
@@ -309,3 +311,11 @@ def human(n: int | None) -> str:
         if n >= size:
             return f"{n / size:,.2f} {unit}"
     return f"{n} B"
+
+
+if __name__ == "__main__":
+    import fit  # which imports this file, under its own name
+    try:
+        fit.main()
+    except fit.UserError as e:
+        sys.exit(f"error: {e}")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import lorainit
 import weights
+from hub import ASSETS, UserError
 from optim import OPTIMIZERS
-from weights import ASSETS, UserError
 
 
 def option(default, group, help, **extra):
@@ -107,8 +107,10 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
     if cfg.ckpt_offload and not cfg.ckpt_every:
         raise UserError("--ckpt-offload has no effect without --ckpt-every: it moves what a recomputed layer keeps")
-    if not (cfg.dry_run and cfg.device):  # a card can be predicted where there is none
+    if not (cfg.dry_run and cfg.device):
         cfg.device = weights.usable_device(cfg.device)
+    elif cfg.device.partition(":")[0] not in ("cpu", "cuda", "mps"):  # a card can be predicted where there is none
+        raise UserError(f"--device {cfg.device}: only cpu, cuda and mps")
     return cfg
 
 

@@ -119,6 +119,14 @@ def turn(x, cos, sin):
     return torch.cat([torch.addcmul(ab * cos, ab.roll(R // 2, -1), sin).to(x.dtype), x[..., R:]], -1)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Outside autocast, which on a GPU would keep a float32 copy of x for backward; the kernel computes in float32."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -153,7 +161,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.input_layernorm = LayerNorm(config.n_embd, eps=config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
 
@@ -169,7 +177,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.final_layernorm = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.final_layernorm = LayerNorm(config.n_embd, eps=config.norm_eps)
 
 
 class Phi(nn.Module):

@@ -9,9 +9,18 @@ import its compiler, which a training run has no other use for.
 
     python train.py --model llama-13b --bits 4 --amp --ckpt-every 1 --dry-run --device cuda       on any laptop
 
-A card is predicted on the CPU, whatever this machine has: on_a_card() lists what is done otherwise there. The tensors are
-those of the card alone; what lies in the machine's memory (paged or offloaded states, offloaded activations) is on the
-"meta" device here, and not counted.
+A card is predicted on the CPU, whatever this machine has; patched() lists what is done otherwise there. The tensors are
+those of the card alone: what lies in the machine's memory (paged or offloaded states, offloaded activations) is on the
+"meta" device here, and not counted. Three things take a card's memory that are no tensor of the step:
+
+    rounding                what PyTorch's allocator adds, see allocator.py
+    cuBLAS's workspace      8.5 MB (33.6 on an H100) for each of the two threads that multiply, forward and backward
+    attention's backward    sums dq in float32 (FlashAttention-2, arXiv:2307.08691, section 3.1.2), and with grouped queries
+                            dk and dv head by head: (4 + 4/D) bytes a number of q, or with groups 8 + 4/D, for one layer
+                            at a time. LLaMA-7B, 512 tokens: 8.5 MB
+
+CUDA itself takes 300 to 600 MB beside all that. (All of it is after PyTorch's and FlashAttention's sources; it has not been
+compared with a card.)
 """
 import contextlib
 import dataclasses
@@ -25,6 +34,7 @@ from unittest import mock
 
 import torch
 
+import allocator
 import attention
 import checkpoint
 import data
@@ -55,7 +65,10 @@ def start(cfg: options.TrainConfig, micro_batches: list) -> subprocess.Popen:
 
 
 def answer(child: subprocess.Popen) -> dict:
-    """{"peak": bytes, "by_category": {...}, "params": memory.count's}; or {"error": one line}."""
+    """{"peak", "reserved": bytes, "by_category": {...}, "params": memory.count's}; or {"error": one line}.
+
+    On a card "peak" is what max_memory_allocated will say and "reserved" max_memory_reserved; on a CPU the first is the
+    peak of live tensor bytes, the second None."""
     out, err = child.communicate()
     if child.returncode:
         return {"error": (err.strip().splitlines() or [f"it ended with status {child.returncode}"])[-1]}
@@ -66,7 +79,7 @@ def predict(cfg: options.TrainConfig, micro_batches: list) -> dict:
     """The same in this process."""
     import train  # which imports this file, and where it is __main__ has been imported under that name only
 
-    card = torch.device(cfg.device).type != "cpu"
+    device, card = cfg.device, torch.device(cfg.device).type != "cpu"
     config, model_class, _ = weights.config_of(cfg.model)
     cfg = dataclasses.replace(cfg, device="cpu", resume=False, steps=10, warmup_steps=0)
     batches = [[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in micro_batches]
@@ -82,10 +95,43 @@ def predict(cfg: options.TrainConfig, micro_batches: list) -> dict:
         run = train.Run(cfg, None, model, None, None, None, None, None)
         run.micro_batches = lambda step: [data.collate(m, cfg.pack, cfg.max_length) for m in batches]
         as_after_a_step(run, card)
-        with memory.Ledger(model, run.optimizer, quant.kept(), "cpu" if card else None) as ledger:
+        if card:
+            size = cublas_workspace(device)
+            workspaces = [memory.hollow((size,), torch.uint8) for _ in range(2)]
+            ledger = CardLedger(model, run.optimizer, workspaces, "cpu")
+        else:
+            ledger, workspaces = memory.Ledger(model, run.optimizer, quant.kept()), []
+        with ledger:
+            for t in workspaces:
+                ledger.follow(t)
             run.train_step()
     torch.set_num_threads(threads)
-    return {"peak": ledger.peak, "by_category": ledger.at_peak, "params": params}
+    cache = allocator.replay(ledger.book, ledger.sizes) if card else None
+    return {"peak": cache.allocated_peak if card else ledger.peak, "reserved": cache.reserved if card else None,
+            "by_category": ledger.at_peak, "params": params}
+
+
+class CardLedger(memory.Ledger):
+    """With what attention's backward takes for itself on a card."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        own = None
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+            q, k = args[1], args[2]
+            B, H, T, D = q.shape
+            size = 4 * B * H * T  # float32, a number a row
+            if q.dtype != torch.float32:  # (in float32 another kernel runs, which sums where the result is to stand)
+                size += 4 * q.numel() + (2 * q.nbytes if k.shape[1] < H else 0)
+            own = memory.hollow((size,), torch.uint8)
+            self.follow(own)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        del own
+        return out
+
+
+def cublas_workspace(device: str) -> int:
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
+    return 32 * 2**20 if hopper else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
 def as_after_a_step(run, card: bool):

@@ -37,6 +37,11 @@ def prepare_out(cfg) -> Path:
     return out
 
 
+def parameters(name: str, params: dict) -> str:
+    return (f"{name}: {params['total']:,} parameters in {memory.human(params['bytes'])}, "
+            f"{params['trainable']:,} trainable ({params['percent']:.4f} %)")
+
+
 def steps_done(cfg) -> int:
     """0, or the step that --resume continues after."""
     if not cfg.resume:
@@ -148,8 +153,13 @@ def predicted(child) -> dict:
     if "error" in found:
         print(f"the peak is not predicted: {found['error']}")
         return {"peak": None, "by_category": None}
-    print(f"predicted peak {memory.human(found['peak'])} in tensors")
+    print(f"predicted peak {peaks(found)}")
     return found
+
+
+def peaks(found: dict) -> str:
+    return (f"{memory.human(found['peak'])} allocated, {memory.human(found['reserved'])} reserved" if found["reserved"] else
+            f"{memory.human(found['peak'])} in tensors")
 
 
 def table(measured: dict | None, predicted: dict | None) -> str:
@@ -163,10 +173,8 @@ def table(measured: dict | None, predicted: dict | None) -> str:
 
 
 def report_dry_run(cfg, found: dict, of: str):
-    params = found["params"]
-    print(f"{cfg.model}: {params['total']:,} parameters in {memory.human(params['bytes'])}, {params['trainable']:,} trainable "
-          f"({params['percent']:.4f} %)\n{of}\n")
-    print(f"predicted peak {memory.human(found['peak'])} in tensors on {cfg.device}\n{table(None, found['by_category'])}")
+    print(f"{parameters(cfg.model, found['params'])}\n{of}\n")
+    print(f"predicted peak on {cfg.device}: {peaks(found)}\n{table(None, found['by_category'])}")
 
 
 def report(summary: dict, out: Path):
@@ -178,8 +186,9 @@ def report(summary: dict, out: Path):
         print(f"speed         {summary['tokens_per_s']:,.0f} tokens/s, {summary['examples_per_s']:.2f} examples/s, "
               f"{summary['wall_s']:.0f} s in all")
     error = f" ({100 * (m['predicted_peak'] / m['measured_peak'] - 1):+.1f} %)" if m["predicted_peak"] else ""
-    print(f"peak memory   {memory.human(m['measured_peak'])} in tensors, {memory.human(m['predicted_peak'])} predicted{error}; "
-          f"{memory.human(m['rss_peak'])} resident" + (f", {memory.human(m['reserved'])} reserved" if m["reserved"] else ""))
+    parts = [f"{memory.human(m['measured_peak'])} in tensors", f"{memory.human(m['predicted_peak'])} predicted{error}",
+             f"{memory.human(m['rss_peak'])} resident"] + [f"{memory.human(m['reserved'])} reserved"] * bool(m["reserved"])
+    print(f"peak memory   {', '.join(parts)}")
     if m["by_category"]:
         print("at the peak   " + table(m["by_category"], m["predicted_by_category"]).replace("\n", "\n              "))
     print(f"written       {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")

@@ -14,8 +14,8 @@ import re
 from itertools import groupby
 from pathlib import Path
 
-import weights
-from weights import UserError
+import hub
+from hub import UserError
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -30,7 +30,7 @@ class Tokenizer:
         meta = {}
         for f in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / f).is_file():
-                meta.update({k: v for k, v in weights.read_json(folder / f).items() if v is not None})
+                meta.update({k: v for k, v in hub.read_json(folder / f).items() if v is not None})
         self.specials: dict[str, int] = {}
         self.bos = self.eos_id = None  # some files name their own; tokenizer_config.json goes before
         if (folder / "tokenizer.json").is_file():
@@ -67,7 +67,7 @@ class Tokenizer:
         self.stop_ids = set()
         for f in ("generation_config.json", "config.json"):
             if (folder / f).is_file():
-                ids = weights.read_json(folder / f).get("eos_token_id")
+                ids = hub.read_json(folder / f).get("eos_token_id")
                 ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
                 self.stop_ids.update(ids)
                 if self.eos_id is None and ids:
@@ -129,7 +129,7 @@ class Tokenizer:
         self.bos, self.adds_bos = "<|begin_of_text|>", True
 
     def _from_gpt2(self, folder: Path, meta: dict):
-        vocab = weights.read_json(folder / "vocab.json")
+        vocab = hub.read_json(folder / "vocab.json")
         # vocab.json writes bytes as printable characters (GPT-2's bytes_to_unicode): undo it.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
@@ -150,7 +150,7 @@ class Tokenizer:
     def _added_tokens(self, folder: Path, vocab: dict, meta: dict) -> dict[str, int]:
         """added_tokens.json without what tokenizer_config.json calls special, which joins self.specials."""
         path = folder / "added_tokens.json"
-        added = weights.read_json(path) if path.is_file() else {}
+        added = hub.read_json(path) if path.is_file() else {}
         owner = {i: token for token, i in vocab.items()}
         options = {o["content"]: o for o in (meta.get("added_tokens_decoder") or {}).values()}
         named = [v for k, v in meta.items() if k.endswith("_token")] + (meta.get("additional_special_tokens") or [])
@@ -202,4 +202,4 @@ def has_tokenizer(folder: Path) -> bool:
 
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model: a short name, org/name or a folder."""
-    return Tokenizer(weights.find(str(name)))
+    return Tokenizer(hub.find(str(name)))

@@ -12,6 +12,7 @@ One step:   for each micro-batch:  loss = sum of token losses / labelled tokens 
 The division is by the step's labels, not the micro-batch's: a mean of means weighs a token in a short micro-batch more
 than one in a long one, and 8 micro-batches of 1 are then not a batch of 8.
 """
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import data
 import generate
+import hub
 import lora
 import lorainit
 import memory
@@ -122,8 +124,7 @@ def main(cfg: TrainConfig) -> dict:
         print(f"--ckpt-offload: on {cfg.device} host and device memory are the same; nothing moves, nothing is saved")
     run = Run(cfg, out, model, tokenizer, template, plan, val_set, raw_config)
     params = memory.count(model)
-    print(f"{cfg.model}: {params['total']:,} parameters in {memory.human(params['bytes'])}, "
-          f"{params['trainable']:,} trainable ({params['percent']:.4f} %)")
+    print(record.parameters(cfg.model, params))
     for name, d in (("training", train_set), ("held-out", val_set)):
         print(f"{name}: {len(d):,} examples, {d.n_labels:,} labelled tokens of {sum(len(e.ids) for e in d.examples):,}"
               + (f"; {d.n_dropped} rows dropped (nothing to learn)" if d.n_dropped else "")
@@ -392,24 +393,30 @@ class InterruptFlag:
 
 
 def dry_run(cfg: TrainConfig) -> dict:
-    """--dry-run: what the run would peak at. No weights are read, nothing is downloaded or written.
-
-    With the model's folder on this machine the largest step of the data is predicted, else one of full length."""
-    model_config, _, _ = weights.config_of(cfg.model)
-    folder = weights.here(cfg.model)
-    resolve_for(cfg, model_config, weights.stored_bits(folder) if folder else None)
-    if folder and data.has_tokenizer(folder):
-        _, _, train_set, _ = read_data(cfg)
-        plan = data.Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack)
-        sizes = predict.sizes(plan, max(range(cfg.steps or plan.steps_per_epoch), key=plan.size))
-        of = f"the largest step of {cfg.data}"
-    else:
-        data.read_rows(cfg.data)
-        sizes = [[(cfg.max_length, cfg.max_length)] * cfg.batch_size] * cfg.grad_accum
-        of = f"a step of full length, all of it learned ({cfg.model}'s tokenizer is not on this machine to measure the data)"
+    """--dry-run: what the run would peak at. No weights are read, nothing is downloaded or written."""
+    sizes, of, cfg = largest_step(cfg)
     found = predict.predict(cfg, sizes)
     record.report_dry_run(cfg, found, of)
     return found
+
+
+def largest_step(cfg: TrainConfig, full_length: bool = False):
+    """(the sizes of the run's largest step, what they are in words, cfg completed for the model).
+
+    The lengths are the data's if the model's tokenizer is on this machine. If not (or full_length), all are --max-length."""
+    model_config, _, _ = weights.config_of(cfg.model)
+    here = hub.config_file(cfg.model)
+    cfg = dataclasses.replace(cfg)
+    resolve_for(cfg, model_config, weights.stored_bits(here.parent) if here else None)
+    if not full_length and here and data.has_tokenizer(here.parent):
+        _, _, train_set, _ = read_data(cfg)
+        plan = data.Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack)
+        step = max(range(cfg.steps or plan.steps_per_epoch), key=plan.size)
+        return predict.sizes(plan, step), f"the largest step of {cfg.data}", cfg
+    data.read_rows(cfg.data)
+    why = "" if full_length else f" ({cfg.model}'s tokenizer is not on this machine to measure the data)"
+    sizes = [[(cfg.max_length, cfg.max_length)] * cfg.batch_size] * cfg.grad_accum
+    return sizes, f"steps of {cfg.batch_size} x {cfg.grad_accum} examples of {cfg.max_length} tokens, all learned{why}", cfg
 
 
 if __name__ == "__main__":

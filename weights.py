@@ -1,11 +1,6 @@
-"""From a name to a loaded model: name -> folder -> config.json -> safetensors, tensor by tensor.
+"""From a folder to a loaded model, and back: config.json -> the model's class -> safetensors, tensor by tensor.
 
-A model is looked for in four places, in this order: the bundled `assets/`, a local folder, the hub's cache on this
-machine, the hub. Whatever the place, it is a folder in the Hugging Face layout:
-
-    config.json                                             the architecture (`model_type`: gpt2.py, llama.py or phi.py)
-    model.safetensors, or *.safetensors + model.safetensors.index.json     the weights, in one file or in shards
-    tokenizer.json, tokenizer.model or vocab.json + merges.txt             read by data.py
+Which folder a name stands for, and what is in it, is told in hub.py.
 
 Loading is strict both ways: a tensor that is missing, unexpected or of another shape stops the run. (`strict=False` is
 how a LoRA run silently starts from random weights.) And it is small: the model is built on the "meta" device, without
@@ -26,37 +21,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import gpt2
+import hub
 import llama
 import memory
 import phi
 import quant
+from hub import UserError, find, read_json, weight_files
 
-ASSETS = Path(__file__).resolve().parent / "assets"
 FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama),  # by config.json's model_type
             "phi": (phi.Config, phi.Phi)}
-SHORT_NAMES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "llama-7b": "huggyllama/llama-7b",
-    "llama-13b": "huggyllama/llama-13b",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
-    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
-    "llama-3.2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama-3.2-3b-instruct": "meta-llama/Llama-3.2-3B-Instruct",
-    "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-    "phi-1": "microsoft/phi-1",
-    "phi-1.5": "microsoft/phi-1_5",
-    "phi-2": "microsoft/phi-2",
-}
 # Checkpoint entries that are not weights: masks and frequencies that old files carry along.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 # The matrices that write into the residual stream.
@@ -65,81 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 
 
-class UserError(Exception):
-    """Something that the person at the keyboard can mend. Entry points print it as one line, without a traceback."""
-
-
-# ---------------------------------------------------------------------------------------------- name -> folder
-
-def find(name: str) -> Path:
-    """The folder that holds model `name`: a short name, a local folder or a hub repository. May download it."""
-    if Path(name).name == name and (ASSETS / name / "config.json").is_file():  # ./gpt2-nano is a folder of the user's
-        return ASSETS / name
-    if Path(name).is_dir():
-        return Path(name)
-    repo = SHORT_NAMES.get(name, name)
-    if not is_hub_name(repo):
-        raise UserError(f"--model {name}: no such folder, and no short name ({', '.join(['gpt2-nano', *SHORT_NAMES])}); "
-                        f"a hub repository is written org/name")
-    return from_hub(name, repo)
-
-
-def is_hub_name(repo: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:  # a mistyped path, more likely: spaces, "--", a leading dot
-        return False
-    return repo.count("/") == 1
-
-
-def from_hub(name: str, repo: str) -> Path:
-    """A complete snapshot in the hub's cache, without asking the network; otherwise download it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    wanted = dict(allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"], ignore_patterns=["*/*"])
-    for cached in (repo, repo.split("/")[1] if name in SHORT_NAMES else repo):  # GPT-2 used to be plain "gpt2"
-        with contextlib.suppress(LocalEntryNotFoundError):
-            folder = Path(snapshot_download(cached, local_files_only=True, **wanted))
-            if is_complete(folder):
-                return folder
-    ways_on = f"--model accepts a local folder with {repo}'s files, or gpt2-nano, which is bundled"
-    try:
-        return Path(snapshot_download(repo, **wanted))
-    except GatedRepoError:
-        raise UserError(f"{repo} needs its licence accepted on the hub and your token in HF_TOKEN; {ways_on}") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{repo}: the hub has no such repository (or it is private: set HF_TOKEN); {ways_on}") from None
-    except Exception as e:  # the client's transport raises many kinds of its own; all mean: no model came
-        reason = (str(e).strip().splitlines() or [""])[0]
-        raise UserError(f"{repo} is not on this machine and could not be downloaded "
-                        f"({type(e).__name__}: {reason}); {ways_on}") from None
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a cached snapshot has its config and every weight file (a cut-off download leaves some out)."""
-    if not (folder / "config.json").is_file():
-        return False
-    try:
-        return all(f.is_file() for f in weight_files(folder))
-    except UserError:
-        return False
-
-
 # ---------------------------------------------------------------------------------------------- folder -> model
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
-
 
 def read_config(folder: Path):
     """config.json -> (Config, model class, the raw dict)."""
@@ -156,31 +55,18 @@ def read_config(folder: Path):
         raise UserError(f"{path}: {e}") from None
 
 
-def config_of(name):
-    return read_config(find(name))
+def config_of(name: str):
+    """(Config, model class, the raw dict) of a model whose weights need not be on this machine; no network is asked.
 
-
-def here(name):
-    return find(name)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model. Pickle is refused: unpickling runs whatever code the file holds."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) for f in shards.values()):
-            raise UserError(f"{index}: no weight_map in it, from tensors to files")
-        return [folder / f for f in sorted(set(shards.values()))]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    no_pickle = ("pickle weights are not loaded, since a pickle can run any code. Convert: transformers' "
-                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors")
-    if pickles := [f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in sorted(folder.glob(pattern))]:
-        raise UserError(f"{folder / pickles[0]}: {no_pickle}")
-    # From the hub the folder is without its pytorch_model.bin, which is not downloaded: the way out is the same.
-    raise UserError(f"{folder}: no model.safetensors (nor model.safetensors.index.json) in it; {no_pickle}")
+    What is on disk goes before what hub.py knows of the short names. Raises UserError where there is neither.
+    """
+    if path := hub.config_file(str(name)):
+        return read_config(path.parent)
+    if not (raw := hub.known_config(str(name))):
+        raise UserError(f"{name} is not on this machine. Its config.json alone would do, without the weights: give a folder "
+                        f"that has it, or one of the short names ({', '.join(['gpt2-nano', *hub.SHORT_NAMES])})")
+    config_class, model_class = FAMILIES[raw["model_type"]]
+    return config_class.from_json(raw), model_class, raw
 
 
 def half_dtype(device) -> torch.dtype:

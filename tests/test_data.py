@@ -11,8 +11,8 @@ from test_tokenizers import byte_level, corpus, llama2_json, train_sentencepiece
 
 import data
 import generate
+import hub
 import train
-import weights
 from loss import IGNORE
 from weights import UserError
 
@@ -601,5 +601,5 @@ def test_show_batch_trains_nothing(tmp_path, gpt2_folder, data_file, capsys):
 
 def test_the_bundled_data_reads(nano, alpaca):
     for name in ("support", "support-heldout"):
-        built = data.build(data.read_rows(weights.ASSETS / f"{name}.jsonl"), nano, alpaca, 512)
+        built = data.build(data.read_rows(hub.ASSETS / f"{name}.jsonl"), nano, alpaca, 512)
         assert (built.n_dropped, built.n_truncated) == (0, 0) and len(built) > 50

@@ -10,11 +10,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, make_folder
+from conftest import LLAMA, ROOT, make_folder
 from hub_server import COMMIT, Hub
 from safetensors.torch import load_file, save, save_file
 
+import llama
+import memory
 import weights
+from hub import SHORT_NAMES, is_complete
 
 WAYS_ON = r"a local folder .* gpt2-nano, which is bundled"
 
@@ -149,7 +152,7 @@ def test_what_cannot_be_downloaded_is_named(hub, models, tmp_path):
 
 
 def test_local_folder_and_bundled_model_come_first(monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "from_hub", lambda *a: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("hub.from_hub", lambda *a: pytest.fail("the hub was asked"))
     monkeypatch.chdir(tmp_path)
     for name in ("org/tiny", "gpt2", "gpt2-nano"):
         make_folder(tmp_path / name)
@@ -168,7 +171,7 @@ def test_download_that_breaks_off_then_a_whole_one_then_none(cut_off, models):
     assert any(r.endswith("/model-00002-of-00002.safetensors") for r in hub.requests), "this proves nothing"
     snapshots = list((home / "hub" / "models--org--sharded" / "snapshots").iterdir())
     assert snapshots, "this proves nothing"
-    assert not any(weights.is_complete(s) for s in snapshots)
+    assert not any(is_complete(s) for s in snapshots)
 
     hub.cut.clear()
     got = results_of(run(["-c", LOAD, "org/sharded", "gpt2"], home, hub.url))
@@ -180,3 +183,92 @@ def test_download_that_breaks_off_then_a_whole_one_then_none(cut_off, models):
     again = run([ROOT / "generate.py", "--model", "org/sharded", "--prompt", "hi", "--max-new-tokens", 2], home, hub.url)
     assert again.returncode == 0, again.stderr
     assert len(hub.requests) == asked, f"a cached model asked the network: {hub.requests[asked:]}"
+
+
+# ---------------------------------------------------------------------------------------------- config.json alone
+
+KNOWN = {  # name -> parameters as published, positions, size of a head, theta of the rotary positions, epsilon of the norms
+    "gpt2": (124_439_808, 1024, 64, None, 1e-5),
+    "gpt2-medium": (354_823_168, 1024, 64, None, 1e-5),
+    "gpt2-large": (774_030_080, 1024, 64, None, 1e-5),
+    "gpt2-xl": (1_557_611_200, 1024, 64, None, 1e-5),
+    "llama-7b": (6_738_415_616, 2048, 128, 10_000, 1e-6),
+    "llama-13b": (13_015_864_320, 2048, 128, 10_000, 1e-6),
+    "llama-2-7b": (6_738_415_616, 4096, 128, 10_000, 1e-5),
+    "llama-2-13b": (13_015_864_320, 4096, 128, 10_000, 1e-5),
+    "llama-3-8b": (8_030_261_248, 8192, 128, 500_000, 1e-5),
+    "llama-3.1-8b": (8_030_261_248, 131_072, 128, 500_000, 1e-5),
+    "llama-3.2-1b": (1_235_814_400, 131_072, 64, 500_000, 1e-5),
+    "llama-3.2-3b": (3_212_749_824, 131_072, 128, 500_000, 1e-5),
+    "llama-3.2-1b-instruct": (1_235_814_400, 131_072, 64, 500_000, 1e-5),
+    "llama-3.2-3b-instruct": (3_212_749_824, 131_072, 128, 500_000, 1e-5),
+    "tinyllama": (1_100_048_384, 2048, 64, 10_000, 1e-5),
+    "smollm2-135m": (134_515_008, 8192, 64, 100_000, 1e-5),
+    "smollm2-360m": (361_821_120, 8192, 64, 100_000, 1e-5),
+    "smollm2-1.7b": (1_711_376_384, 8192, 64, 130_000, 1e-5),
+    "phi-1": (1_418_270_720, 2048, 64, 10_000, 1e-5),
+    "phi-1.5": (1_418_270_720, 2048, 64, 10_000, 1e-5),
+    "phi-2": (2_779_683_840, 2048, 80, 10_000, 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", SHORT_NAMES)
+def test_what_is_known_of_the_short_names(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config, model_class, raw = weights.config_of(name)
+    with torch.device("meta"), weights.NoInit():
+        total = memory.count(model_class(config))["total"]
+    assert KNOWN[name] == (total, config.n_positions, config.head_dim, getattr(config, "rope_theta", None), config.norm_eps)
+    assert weights.config_of(SHORT_NAMES[name][0]) == (config, model_class, raw), "the repository of a short name"
+    if name.startswith(("llama-3.1", "llama-3.2")):
+        assert config.rope_scaling == {"rope_type": "llama3", "factor": 8.0 if "3.1" in name else 32.0,
+                                       "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                       "original_max_position_embeddings": 8192}
+    elif model_class is llama.Llama:
+        assert config.rope_scaling is None
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert weights.read_config(tmp_path) == (config, model_class, raw), "as a file it reads the same"
+
+
+CONFIG_OF = """
+import json, sys
+import weights
+results = {}
+for name in sys.argv[1:]:
+    try:
+        results[name] = weights.config_of(name)[0].n_layer
+    except weights.UserError as e:
+        results[name] = f"UserError: {e}"
+print(json.dumps(results))
+"""
+
+
+def test_a_config_alone_is_found_and_nothing_is_asked_of_the_network(hub, tmp_path):
+    """The number of layers says where each came from: bundled, folder, cache (without a weight), known."""
+    def config_in(folder, n_layer):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": n_layer}))
+
+    cached = {"org/sharded": 7, "openai-community/gpt2": 8, "gpt2-medium": 9, "microsoft/phi-2": 10}  # plain: of before 2024
+    for repo, n_layer in cached.items():
+        place = tmp_path / "hub" / ("models--" + repo.replace("/", "--"))
+        config_in(place / "snapshots" / COMMIT, n_layer)
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(COMMIT)
+    config_in(tmp_path / "llama-7b", 5)
+    config_in(tmp_path / "org" / "local", 6)
+    (tmp_path / "empty").mkdir()
+    p = run(["-c", CONFIG_OF, "gpt2-nano", "llama-7b", "org/local", "org/sharded", "gpt2", "gpt2-medium", "microsoft/phi-2",
+             "llama-13b", "microsoft/phi-1", "org/missing", "gpt3", "empty"], tmp_path, hub.url, cwd=tmp_path)
+    got = results_of(p)
+    assert hub.requests == []
+    errors = {name: got.pop(name) for name in ("org/missing", "gpt3", "empty")}
+    nano = json.loads((ROOT / "assets" / "gpt2-nano" / "config.json").read_text())["n_layer"]
+    assert got == {"gpt2-nano": nano, "llama-7b": 5, "org/local": 6, "org/sharded": 7, "gpt2": 8, "gpt2-medium": 9,
+                   "microsoft/phi-2": 10, "llama-13b": 40, "microsoft/phi-1": 24}
+    assert not any("\n" in e for e in errors.values())
+    assert re.search(r"^UserError: org/missing is not on this machine. Its config.json .* a folder .* short names "
+                     r"\(gpt2-nano, gpt2, ", errors["org/missing"])
+    assert re.search(r"^UserError: --model gpt3: no such folder, and no short name", errors["gpt3"])
+    assert re.search(r"^UserError: empty/config.json: No such file", errors["empty"])

@@ -322,6 +322,49 @@ def test_attention_in_float32_keeps_16_bit_for_backward(segments):
         assert torch.equal(attention.attend(q, k, v, segments, float32=True), y)
 
 
+# ---------------------------------------------------------------------------------------------- norms under autocast
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_dtype", ["16 bit", "32 bit"])
+def test_rms_norm_is_float32_under_autocast(dtype, weight_dtype):
+    """In 16 bit the sum of squares has 8 or 11 bits, and 64 numbers around 100 overflow float16."""
+    rng = torch.Generator().manual_seed(0)
+    x = (100 * torch.randn(2, 9, 64, generator=rng)).to(dtype)
+    norm = llama.RMSNorm(64, 1e-5)
+    norm.weight.data = 2.0 ** torch.randint(-3, 4, (64,), generator=rng)  # powers of two: multiplying by them rounds nothing
+    grad = torch.randn(2, 9, 64, generator=rng).to(dtype)
+
+    def output_and_gradient(x):
+        x = x.clone().requires_grad_()
+        y = norm(x)
+        y.backward(grad.to(x.dtype))
+        return y.detach(), x.grad
+
+    wanted = [t.to(dtype) for t in output_and_gradient(x.float())]
+    if weight_dtype == "16 bit":
+        norm.to(dtype)
+    with torch.autocast("cpu", dtype):
+        got = output_and_gradient(x)
+    assert all(t.isfinite().all() and t.any() for t in wanted)
+    assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layer_norm_is_outside_autocast(family, dtype, monkeypatch):
+    """CUDA's autocast would give it a float32 copy to keep; a CPU's does nothing to it, so here only its state is seen."""
+    model, seen, layer_norm = build(family).to(dtype), [], torch.nn.functional.layer_norm
+
+    def recorded(x, *args):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return layer_norm(x, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", recorded)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden(token_ids(1, 5)).dtype == dtype
+    assert seen == [(dtype, False)] * (7 if family == "gpt2" else 4)
+
+
 # ---------------------------------------------------------------------------------------------- tables, caches, packing
 
 @pytest.mark.parametrize("rope", [LLAMA3 | {"original_max_position_embeddings": 8192}, {"rope_theta": 10000.0}],

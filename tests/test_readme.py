@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
-import weights
+import hub
 from train import TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,5 +32,5 @@ def test_links_lead_somewhere(link):
 
 def test_short_names_exist():
     sentence = re.search(r"takes a short name \(([^)]*)\)", README)[1]
-    assert set(re.findall(r"`([^`]+)`", sentence)) <= set(weights.SHORT_NAMES)
-    assert set(re.findall(r"--model ([a-z][\w.-]+)", README)) <= set(weights.SHORT_NAMES)
+    assert set(re.findall(r"`([^`]+)`", sentence)) <= set(hub.SHORT_NAMES)
+    assert set(re.findall(r"--model ([a-z][\w.-]+)", README)) <= set(hub.SHORT_NAMES)

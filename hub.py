@@ -1,0 +1,202 @@
+"""From a name to a folder: where a model is looked for, and which files make it whole.
+
+A name is a short name (`gpt2`), a hub repository (`org/name`) or a folder. It is looked for in four places, in this order:
+
+    1. the bundled assets/            gpt2-nano
+    2. a local folder of that name
+    3. the hub's cache on this machine, which is used as it is, if it is whole: the network is not asked
+    4. the hub                        only the safetensors, JSON and tokenizer files are downloaded
+
+Whatever the place, it is a folder in the Hugging Face layout:
+
+    config.json                                             the architecture (`model_type`: gpt2.py, llama.py or phi.py)
+    model.safetensors, or *.safetensors + model.safetensors.index.json     the weights, in one file or in shards
+    tokenizer.json, tokenizer.model or vocab.json + merges.txt             read by tokenizer.py
+
+The short names' config.json are facts that do not change, so they are written down here: how many parameters and bytes
+LLaMA-7B has can be told without its 13.5 GB, and without a network.
+"""
+import contextlib
+import json
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend. Entry points print it as one line, without a traceback."""
+
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+# ---------------------------------------------------------------------------------------------- short names
+
+def gpt2(width: int, layers: int, heads: int) -> dict:
+    return {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": width, "n_layer": layers,
+            "n_head": heads, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+
+
+def llama(width: int, layers: int, heads: int, kv_heads: int, inner: int, **other) -> dict:
+    return {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 2048, "hidden_size": width,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "intermediate_size": inner, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+            "tie_word_embeddings": False, **other}
+
+
+def phi(width: int, layers: int, rotary_factor: float) -> dict:
+    return {"model_type": "phi", "vocab_size": 51200, "max_position_embeddings": 2048, "hidden_size": width,
+            "num_hidden_layers": layers, "num_attention_heads": 32, "intermediate_size": 4 * width, "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": rotary_factor,
+            "tie_word_embeddings": False}
+
+
+def llama31(factor: float) -> dict:  # trained on 8,192 positions, then stretched
+    return {**LLAMA3, "max_position_embeddings": 131072, "rope_scaling": {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}}
+
+
+LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
+LLAMA32 = {**llama31(32.0), "tie_word_embeddings": True}
+SMOLLM2 = {"vocab_size": 49152, "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True}
+SHORT_NAMES = {  # name -> (hub repository, what counts of its config.json)
+    "gpt2": ("openai-community/gpt2", gpt2(768, 12, 12)),
+    "gpt2-medium": ("openai-community/gpt2-medium", gpt2(1024, 24, 16)),
+    "gpt2-large": ("openai-community/gpt2-large", gpt2(1280, 36, 20)),
+    "gpt2-xl": ("openai-community/gpt2-xl", gpt2(1600, 48, 25)),
+    "llama-7b": ("huggyllama/llama-7b", llama(4096, 32, 32, 32, 11008, rms_norm_eps=1e-6)),
+    "llama-13b": ("huggyllama/llama-13b", llama(5120, 40, 40, 40, 13824, rms_norm_eps=1e-6)),
+    "llama-2-7b": ("meta-llama/Llama-2-7b-hf", llama(4096, 32, 32, 32, 11008, max_position_embeddings=4096)),
+    "llama-2-13b": ("meta-llama/Llama-2-13b-hf", llama(5120, 40, 40, 40, 13824, max_position_embeddings=4096)),
+    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", llama(4096, 32, 32, 8, 14336, **LLAMA3)),
+    "llama-3.1-8b": ("meta-llama/Llama-3.1-8B", llama(4096, 32, 32, 8, 14336, **llama31(8.0))),
+    "llama-3.2-1b": ("meta-llama/Llama-3.2-1B", llama(2048, 16, 32, 8, 8192, **LLAMA32)),
+    "llama-3.2-3b": ("meta-llama/Llama-3.2-3B", llama(3072, 28, 24, 8, 8192, **LLAMA32)),
+    "llama-3.2-1b-instruct": ("meta-llama/Llama-3.2-1B-Instruct", llama(2048, 16, 32, 8, 8192, **LLAMA32)),
+    "llama-3.2-3b-instruct": ("meta-llama/Llama-3.2-3B-Instruct", llama(3072, 28, 24, 8, 8192, **LLAMA32)),
+    "tinyllama": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", llama(2048, 22, 32, 4, 5632)),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", llama(576, 30, 9, 3, 1536, **SMOLLM2)),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", llama(960, 32, 15, 5, 2560, **SMOLLM2)),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B-Instruct",
+                     llama(2048, 24, 32, 32, 8192, **{**SMOLLM2, "rope_theta": 130000.0})),
+    "phi-1": ("microsoft/phi-1", phi(2048, 24, 0.5)),
+    "phi-1.5": ("microsoft/phi-1_5", phi(2048, 24, 0.5)),
+    "phi-2": ("microsoft/phi-2", phi(2560, 32, 0.4)),
+}
+
+
+# ---------------------------------------------------------------------------------------------- name -> folder
+
+def find(name: str) -> Path:
+    """The folder that holds model `name`: a short name, a local folder or a hub repository. May download it."""
+    return local_folder(name) or from_hub(name, repository(name))
+
+
+def local_folder(name: str) -> Path | None:
+    if Path(name).name == name and (ASSETS / name / "config.json").is_file():  # ./gpt2-nano is a folder of the user's
+        return ASSETS / name
+    return Path(name) if Path(name).is_dir() else None
+
+
+def repository(name: str) -> str:
+    """The hub repository that `name` stands for. Raises UserError for what cannot be one."""
+    repo = SHORT_NAMES[name][0] if name in SHORT_NAMES else name
+    if not is_hub_name(repo):
+        raise UserError(f"--model {name}: no such folder, and no short name ({', '.join(['gpt2-nano', *SHORT_NAMES])}); "
+                        f"a hub repository is written org/name")
+    return repo
+
+
+def is_hub_name(repo: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:  # a mistyped path, more likely: spaces, "--", a leading dot
+        return False
+    return repo.count("/") == 1
+
+
+def names_in_cache(name: str, repo: str) -> list[str]:
+    return [repo, repo.split("/")[1]] if name in SHORT_NAMES else [repo]  # GPT-2 used to be plain "gpt2"
+
+
+def from_hub(name: str, repo: str) -> Path:
+    """A complete snapshot in the hub's cache, without asking the network; otherwise download it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    wanted = dict(allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"], ignore_patterns=["*/*"])
+    for cached in names_in_cache(name, repo):
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = Path(snapshot_download(cached, local_files_only=True, **wanted))
+            if is_complete(folder):
+                return folder
+    ways_on = f"--model accepts a local folder with {repo}'s files, or gpt2-nano, which is bundled"
+    try:
+        return Path(snapshot_download(repo, **wanted))
+    except GatedRepoError:
+        raise UserError(f"{repo} needs its licence accepted on the hub and your token in HF_TOKEN; {ways_on}") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{repo}: the hub has no such repository (or it is private: set HF_TOKEN); {ways_on}") from None
+    except Exception as e:  # the client's transport raises many kinds of its own; all mean: no model came
+        reason = (str(e).strip().splitlines() or [""])[0]
+        raise UserError(f"{repo} is not on this machine and could not be downloaded "
+                        f"({type(e).__name__}: {reason}); {ways_on}") from None
+
+
+# ---------------------------------------------------------------------------------------------- the files of a folder
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model. Pickle is refused: unpickling runs whatever code the file holds."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) for f in shards.values()):
+            raise UserError(f"{index}: no weight_map in it, from tensors to files")
+        return [folder / f for f in sorted(set(shards.values()))]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    no_pickle = ("pickle weights are not loaded, since a pickle can run any code. Convert: transformers' "
+                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors")
+    if pickles := [f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in sorted(folder.glob(pattern))]:
+        raise UserError(f"{folder / pickles[0]}: {no_pickle}")
+    # From the hub the folder is without its pytorch_model.bin, which is not downloaded: the way out is the same.
+    raise UserError(f"{folder}: no model.safetensors (nor model.safetensors.index.json) in it; {no_pickle}")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a cached snapshot has its config and every weight file (a cut-off download leaves some out)."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return all(f.is_file() for f in weight_files(folder))
+    except UserError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------- name -> config.json
+
+def config_file(name: str) -> Path | None:
+    """config.json in the first three of the places, None if it is in none. Its weights need not be there."""
+    if folder := local_folder(name):
+        return folder / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+    cached = (try_to_load_from_cache(repo, "config.json") for repo in names_in_cache(name, repository(name)))
+    return next((Path(path) for path in cached if isinstance(path, str)), None)
+
+
+def known_config(name: str) -> dict | None:
+    """What counts of config.json, from the table above, for a short name or the hub repository of one; else None."""
+    return next((config for short, (repo, config) in SHORT_NAMES.items() if name in (short, repo)), None)
