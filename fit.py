@@ -89,7 +89,7 @@ def search(cfg: options.TrainConfig, left) -> tuple[list, options.TrainConfig | 
     for group in back(cfg, best):
         for toggles in group:
             candidate = dataclasses.replace(best, **toggles)
-            if not fits(f"back to {flags(toggles) or 'no recomputation'}", candidate):
+            if not fits(f"back: {described(toggles)}", candidate):
                 break
             best = candidate
     return tried, best
@@ -98,12 +98,18 @@ def search(cfg: options.TrainConfig, left) -> tuple[list, options.TrainConfig | 
 def back(cfg: options.TrainConfig, best: options.TrainConfig):
     """What may have become superfluous, the dearest first: groups of steps towards what the command line asked for."""
     if best.ckpt_every != cfg.ckpt_every:
-        yield [{"ckpt_offload": cfg.ckpt_offload}] * (best.ckpt_offload != cfg.ckpt_offload) + [
-            {"ckpt_every": n, "ckpt_offload": cfg.ckpt_offload} for n in (2, 0) if n == cfg.ckpt_every or n == 2 > best.ckpt_every]
+        group = [{"ckpt_every": n, "ckpt_offload": cfg.ckpt_offload} for n in (1, 2, 0)]
+        yield [t for t in group if t["ckpt_every"] in (cfg.ckpt_every, 2, 1)
+               and (t["ckpt_every"], t["ckpt_offload"]) != (best.ckpt_every, best.ckpt_offload)
+               and not 0 < t["ckpt_every"] < best.ckpt_every]
     sizes, size = [], best.batch_size
     while (size := 2 * size) <= cfg.batch_size:
         sizes.append({"batch_size": size, "grad_accum": cfg.batch_size * cfg.grad_accum // size})
     yield sizes
+
+
+def described(toggles: dict) -> str:
+    return flags(toggles) if toggles.get("ckpt_every", 1) else "nothing recomputed"
 
 
 def command(cfg: options.TrainConfig) -> str:
@@ -141,6 +147,6 @@ def main(argv=None):
         print(f"{text:{width}}  {memory.human(need):>10}  {'fits' if rest_ >= 0 else 'too large'}")
     if best is None:
         least = min(tried, key=lambda t: -t[2])
-        raise UserError(f"nothing fits into {args.fit}. The least is {memory.human(card - least[2])}, for {command(least[1])}; "
-                        f"take a smaller model, a shorter --max-length, or a larger card")
+        raise UserError(f"nothing fits into {args.fit}. The least is {memory.human(card - least[2])}, for "
+                        f"{command(least[1])}; take a smaller model, a shorter --max-length, or a larger card")
     print(f"\n{command(best)}")
