@@ -175,7 +175,7 @@ def other_depth(model: str, layers: int, tmp: Path) -> str:
 
 def long_text(sizes: dict, settings: dict, tmp: Path) -> list[str]:
     """A text that fills every window of the run: 8 bytes for a token is more than any tokenizer here makes of one."""
-    text = "\n".join(json.loads(line)["output"] for line in (ASSETS / "support.jsonl").read_text("utf-8").splitlines())
+    text = (ASSETS / "support.jsonl").read_text(encoding="utf-8")
     pieces = settings["steps"] * sizes["batch"] * sizes["length"] * 8 // len(text) + 1
     weights.write_text(tmp / "train.txt", text * pieces)
     weights.write_text(tmp / "held-out.txt", text[:16 * sizes["length"]])

@@ -5,8 +5,8 @@
 
 A plain loop as the two projects document it: from_pretrained, get_peft_model (r 8, alpha 16, on Q and V or GPT-2's c_attn),
 torch.autocast, torch.optim.AdamW; Alpaca's prompt, the loss on the replies only, batches padded to the longest. This is the
-only file outside tests/ that imports them (pip install -r requirements-dev.txt). Of this project it takes only what makes the
-jobs one: the rows and which of them are held out (data.py), the folder of a model's name (weights.py), the RSS (memory.py).
+only file outside tests/ that imports them (pip install -r requirements-dev.txt). From this project come the things that make
+the jobs one: the rows and which are held out (data.py), the folder of a model's name (weights.py), the RSS (memory.py).
 
 Three things are to the peer's advantage: GPT-2's own dropout of 0.1 is switched off, because train.py does not apply it;
 quantised models skip prepare_model_for_kbit_training, which would hold embedding and head in float32; the RSS is taken
@@ -67,7 +67,8 @@ def examples(rows, tokenizer, max_length: int) -> list[tuple[list[int], list[int
         user, reply = messages
         prompt = ("Below is an instruction that describes a task"
                   + (", paired with an input that provides further context" if user["input"] else "")
-                  + f". Write a response that appropriately completes the request.\n\n### Instruction:\n{user['content']}\n\n"
+                  + ". Write a response that appropriately completes the request.\n\n"
+                  + f"### Instruction:\n{user['content']}\n\n"
                   + (f"### Input:\n{user['input']}\n\n" if user["input"] else "") + "### Response:\n")
         prompt = tokenizer(prompt)["input_ids"]
         reply = tokenizer(reply["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]

@@ -38,7 +38,7 @@ def digits(x: float) -> str:
 
 
 def categories(title: str, rows: list[dict], command: str, path):
-    """Stacked bars by category, the measured peak filled, the prediction as a dashed outline around it; the speed beside."""
+    """The measured peak as bars stacked by category, the predicted one as a dashed outline around them; the speed beside."""
     rows = [r for r in rows if tables.peak(r)]
     memories = [r["median"]["memory"] for r in rows]
     unit, name = scale([m["measured_peak"] for m in memories])
@@ -52,18 +52,15 @@ def categories(title: str, rows: list[dict], command: str, path):
             if n := (m["by_category"] or {}).get(c):
                 ax.barh(y, n / unit, 0.58, left=left, color=COLOURS[i], hatch=HATCHES[i], edgecolor=INK, linewidth=0.6)
                 left += n / unit
-        left = 0.0
-        for n in (m["predicted_by_category"] or {"all": m["predicted_peak"]}).values() if m["predicted_peak"] else ():
-            if n:
-                ax.barh(y, n / unit, 0.78, left=left, fill=False, edgecolor="black", linestyle=(0, (3, 2)), linewidth=0.9)
-                left += n / unit
+        if m["predicted_peak"]:
+            ax.barh(y, m["predicted_peak"] / unit, 0.8, fill=False, edgecolor="black", linestyle=(0, (3, 2)), linewidth=0.9)
         speed = rows[y]["median"]["tokens_per_s"]
         ends = max(m["measured_peak"], m["predicted_peak"] or 0) / unit
         ax.annotate(digits(m["measured_peak"] / unit) + (f"   ({speed:,.0f} tokens/s)" if speed else ""), (ends, y),
                     xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set(yticks=range(len(rows)), yticklabels=[r["name"] for r in rows], xlabel=f"peak of live tensor bytes, {name}"
            if used else f"peak allocated, {name}")
-    ax.set_xlim(0, 1.22 * max(max(m["measured_peak"], m["predicted_peak"] or 0) for m in memories) / unit)
+    ax.set_xlim(0, 1.26 * max(max(m["measured_peak"], m["predicted_peak"] or 0) for m in memories) / unit)
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     keys = [Patch(facecolor=COLOURS[i], hatch=HATCHES[i], edgecolor=INK, label=c)

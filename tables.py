@@ -101,7 +101,8 @@ def grid(rows, good):
         notes = [f"Time: {' < '.join(r['name'] for r in by_time)}. {fast['name']} takes "
                  f"{number(ratio(slow, fast, 'examples_per_s'))} of the time of {slow['name']}: {why}.",
                  f"Memory: {' < '.join(r['name'] for r in sorted(good, key=peak))}; {mb(a)} MB + {mb(b)} MB for each "
-                 f"example of a micro-batch (least squares). Accumulation adds nothing: each backward frees its graph."]
+                 f"example of a micro-batch (least squares). Accumulation itself costs the gradients, which stay from one "
+                 f"micro-batch to the next; each backward frees its graph."]
     epoch = ("seconds an epoch", lambda r: number(epoch_s(r), ",.1f"))
     return [("batch x accumulation", NAME[1]), OPTIONS, epoch, MEASURED, RSS, TOKENS, LOSS], notes
 
