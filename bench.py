@@ -112,7 +112,8 @@ def scaling_rows(model: str, args) -> list[dict]:
     """From one configuration, a quarter of the positions (1,024 at most) x 4 examples, each of three sizes is varied."""
     if args.data:
         raise UserError("scaling takes no --data: every example must fill its length, so the bench writes a text of its own")
-    config, _, _ = weights.read_config(weights.find(model))
+    config, _, raw = weights.read_config(weights.find(model))
+    targets = "c_attn.q,c_attn.v" if raw["model_type"] == "gpt2" else "q_proj,v_proj"  # gpt2-nano's own default is another
     longest = min(1024, config.n_positions)
     base = {"length": longest // 4, "batch": 4, "layers": config.n_layer}
     grid = {"length": (longest // 8, longest // 4, longest // 2, longest), "batch": (1, 2, 4, 8),
@@ -122,7 +123,7 @@ def scaling_rows(model: str, args) -> list[dict]:
         for value in values:
             at = {**base, size: value}
             row = {"name": ", ".join(f"{k} {v}" for k, v in at.items()), "model": model, "sizes": at,
-                   "options": f"--max-length {at['length']} --batch-size {at['batch']}"}
+                   "options": f"--lora-targets {targets} --max-length {at['length']} --batch-size {at['batch']}"}
             if row not in rows:
                 rows.append(row)
     return rows
@@ -218,7 +219,7 @@ def about(name: str, device: str | None) -> dict:
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file() and (model := re.search(r"model name\s*: (.*)", info.read_text())):
         cpu = model[1]
-    machine = f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    machine = f"{cpu}, {os.cpu_count()} cores, PyTorch on {torch.get_num_threads()}"
     if (where := torch.device(weights.usable_device(device))).type == "cuda":
         machine = f"{torch.cuda.get_device_name(where)}; {machine}"
     versions = {"Python": platform.python_version(), "torch": torch.__version__}
@@ -235,7 +236,7 @@ def n_runs(rows: list[dict]) -> int:
 
 
 def earlier(path: Path, settings: dict, resume: bool) -> list[dict]:
-    """The rows of an earlier bench in `path` whose runs count."""
+    """The rows of an earlier bench in `path` whose runs count. Raises UserError rather than lose an unfinished one."""
     if not path.is_file():
         return []
     old = weights.read_json(path)
@@ -244,8 +245,11 @@ def earlier(path: Path, settings: dict, resume: bool) -> list[dict]:
             raise UserError(f"{path} holds {n_runs(old['rows'])} runs of an unfinished bench: --resume, or delete it")
         return []
     if changed := [k for k in settings if settings[k] != old["settings"][k]]:
-        print(f"--resume: {path} was made with " + ", ".join(f"{k} {old['settings'][k]}" for k in changed)
-              + ", now " + ", ".join(f"{k} {settings[k]}" for k in changed) + "; none of its runs is used")
+        line = (f"--resume: {path} was made with " + ", ".join(f"{k} {old['settings'][k]}" for k in changed)
+                + ", now " + ", ".join(f"{k} {settings[k]}" for k in changed))
+        if not old["finished"]:
+            raise UserError(f"{line}; choose another --out, or delete it")
+        print(f"{line}; none of its runs is used")
         return []
     return old["rows"]
 
@@ -289,10 +293,10 @@ def run_bench(name: str, models: list[str], args, extra: list[str], command: str
         if r["runs"]:
             r["median"] = tables.median(r["runs"])
     good, title = [r for r in rows if "median" in r], f"{bench.title}: {', '.join(Path(m).name for m in models)}"
-    picture = Path(f"{base}.png")
-    if good:
+    picture = Path(f"{base}.png") if any(tables.peak(r) for r in good) else None
+    if picture:
         bench.picture(title, good, command, picture)
-    text = tables.markdown(title, bench.table, doc, picture.name if good else None)
+    text = tables.markdown(title, bench.table, doc, picture and picture.name)
     weights.write_text(f"{base}.md", text)
     weights.write_text(path, json.dumps({**doc, "finished": True}, indent=1) + "\n")
     print("\n" + text)

@@ -95,7 +95,7 @@ def grid(title: str, rows: list[dict], command: str, path):
 
 def peers(title: str, rows: list[dict], command: str, path):
     """Two panels, a pair of bars for each precision: examples a second, memory (peak allocated where that was measured)."""
-    on_gpu = all(tables.peak(r) for r in rows)
+    on_gpu = any(r["program"] == "peer.py" and tables.peak(r) for r in rows) and all(tables.peak(r) for r in rows)
     fig, axs = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     names, kinds = [r["name"].split(",")[0] for r in rows], [int(r["program"] == "peer.py") for r in rows]
     bars(axs[0], names, [r["median"]["examples_per_s"] for r in rows], "examples/s", kinds)
@@ -154,8 +154,9 @@ def scaling(title: str, rows: list[dict], command: str, path):
             ax.plot(xs, ys, "o", color="#0072B2", markeredgecolor=INK)
             for x, y in zip(xs, ys):
                 ax.annotate(digits(y), (x, y), xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=7)
-            ax.margins(x=0.18, y=0.15)
-            ax.set(xlabel={"length": "positions", "batch": "examples a batch"}.get(size, size), ylabel=unit, ylim=(0, None))
+            ax.margins(x=0.18)
+            ax.set(xlabel={"length": "positions", "batch": "examples a batch"}.get(size, size), ylabel=unit,
+                   ylim=(0, 1.15 * max(ys)))
             ax.grid(alpha=0.3)
             ax.legend(fontsize=7.5, loc="lower right")
     save(fig, title, command, path)

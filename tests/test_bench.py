@@ -79,6 +79,9 @@ def test_an_interrupted_bench_keeps_its_runs_and_resume_makes_the_others(started
     assert "5 finished runs are kept" in capsys.readouterr().out and not (tmp_path / "grid-gpt2-nano.md").exists()
     with pytest.raises(UserError, match="holds 5 runs of an unfinished bench: --resume"):
         bench.main(command)
+    with pytest.raises(UserError, match="made with steps 20, now steps 9; choose another --out, or delete it"):
+        bench.main([*command, "--resume", "--steps", "9"])
+    assert kept(tmp_path) == [2, 1, 1, 1]
 
     started.clear()
     started.answer = lambda row: a_run()
