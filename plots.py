@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 import memory  # noqa: E402
 import tables  # noqa: E402
@@ -42,7 +43,7 @@ def categories(title: str, rows: list[dict], command: str, path):
     rows = [r for r in rows if tables.peak(r)]
     memories = [r["median"]["memory"] for r in rows]
     unit, name = scale([m["measured_peak"] for m in memories])
-    fig, ax = plt.subplots(figsize=(9.5, 1.9 + 0.5 * len(rows)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(10.5, 1.4 + 0.5 * len(rows)), layout="constrained")
     used = [c for c in memory.CATEGORIES if any((m["by_category"] or {}).get(c) for m in memories)]
     for y, m in enumerate(memories):
         left = 0.0
@@ -66,7 +67,7 @@ def categories(title: str, rows: list[dict], command: str, path):
     keys = [Patch(facecolor=COLOURS[i], hatch=HATCHES[i], edgecolor=INK, label=c)
             for i, c in enumerate(memory.CATEGORIES) if c in used]
     keys.append(Patch(fill=False, edgecolor="black", linestyle="--", label="predicted"))
-    ax.legend(handles=keys, loc="lower right", fontsize=8, handlelength=2.5)
+    fig.legend(handles=keys, loc="outside right upper", fontsize=8, handlelength=2.5)
     save(fig, title, command, path)
 
 
@@ -101,15 +102,16 @@ def peers(title: str, rows: list[dict], command: str, path):
     bars(axs[0], names, [r["median"]["examples_per_s"] for r in rows], "examples/s", kinds)
     bars(axs[1], names, [(tables.peak(r) if on_gpu else r["median"]["memory"]["rss_peak"]) / 1e6 for r in rows],
          "peak allocated, MB" if on_gpu else "peak RSS, MB", kinds)
-    axs[0].legend(handles=[Patch(facecolor="#0072B2", edgecolor=INK, label="here"),
-                           Patch(facecolor="#F0E442", hatch="//", edgecolor=INK, label="transformers + PEFT")], fontsize=8)
+    fig.legend(handles=[Patch(facecolor="#0072B2", edgecolor=INK, label="here"),
+                        Patch(facecolor="#F0E442", hatch="//", edgecolor=INK, label="transformers + PEFT")],
+               loc="outside upper right", ncols=2, fontsize=8)
     save(fig, title, command, path)
 
 
 def predict(title: str, rows: list[dict], command: str, path):
     """Left: predicted against measured peak, on the diagonal where they agree. Right: the errors, sorted."""
     rows = [r for r in rows if tables.error(r) is not None]
-    models = sorted({r["model"] for r in rows})
+    models = list(dict.fromkeys(r["model"] for r in rows))
     fig, axs = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     peaks = [tables.peak(r) / 1e6 for r in rows]
     ends = [0.8 * min(peaks, default=1), 1.25 * max(peaks, default=1)]
@@ -120,6 +122,10 @@ def predict(title: str, rows: list[dict], command: str, path):
                        marker="osD^vP*X"[i % 8], s=26, facecolor=COLOURS[i % 9], edgecolor=INK, linewidth=0.7, zorder=2,
                        label=Path(model).name)
     axs[0].set(xscale="log", yscale="log", xlabel="measured peak, MB", ylabel="predicted peak, MB", xlim=ends, ylim=ends)
+    for axis in (axs[0].xaxis, axs[0].yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda x, _: f"{x:,g}")
+        axis.set_minor_formatter(NullFormatter())
     axs[0].legend(fontsize=8)
     rows = sorted(rows, key=tables.error)
     errors = [tables.error(r) for r in rows]

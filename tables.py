@@ -128,7 +128,9 @@ def predict(rows, good):
 
 def peers(rows, good):
     notes = ["Every second row is the same job in transformers + PEFT (peer.py); ratios are here / peer, the median over "
-             "the pairs of neighbouring runs. Examples/s leave out the first step (peer) or the first two (here)."]
+             "the pairs of neighbouring runs. Examples/s leave out the first step (peer) or the first two (here). "
+             "16 bit is bfloat16 autocast: over 16-bit weights here, over float32 weights in the peer, as its documentation "
+             "has it."]
     for ours, theirs in zip(rows[::2], rows[1::2]):
         if ours not in good or theirs not in good:
             continue
