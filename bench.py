@@ -71,7 +71,7 @@ TECHNIQUES = {
     "1 + 2 + 4": "--full --ckpt-every 1 --batch-size 1 --grad-accum 8 --amp --optimizer offload_adamw",
 }
 PREDICT = (
-    "", "--batch-size 1", "--batch-size 4 --grad-accum 2", "--max-length 32", "--max-length 64 --batch-size 16", "--pack",
+    "", "--batch-size 1", "--batch-size 4 --grad-accum 2", "--max-length 96", "--max-length 64 --batch-size 16", "--pack",
     "--lora-targets all", "--lora-targets all --lora-r 32 --rslora", "--lora-dropout 0.1",
     "--ckpt-every 1", "--ckpt-every 2",
     "--amp", "--amp --pack", "--amp --ckpt-every 2", "--amp --ckpt-every 1 --ckpt-offload", ACCUMULATED,
@@ -286,7 +286,7 @@ def run_bench(name: str, models: list[str], args, extra: list[str], command: str
                 bar.update()
     except KeyboardInterrupt:
         bar.close()
-        print(f"interrupted; {n_runs(rows)} finished runs are kept in {path}; the same command with --resume goes on")
+        print(f"interrupted; finished runs kept in {path}: {n_runs(rows)}; the same command with --resume goes on")
         raise
     bar.close()
     for r in rows:

@@ -17,7 +17,7 @@ import tables  # noqa: E402
 import weights  # noqa: E402
 
 COLOURS = ("#0072B2", "#F0E442", "#D55E00", "#CCCCCC", "#56B4E9", "#FFFFFF", "#009E73", "#E69F00", "#CC79A7")
-HATCHES = ("", "", "//", "..", "\\\\", "xx", "", "--", "++")
+HATCHES = ("", "", "//", "..", "\\\\", "xx", "--", "++", "oo")
 INK = "0.15"
 
 

@@ -34,14 +34,19 @@ def peak(row: dict) -> float | None:
     return row["median"]["memory"]["measured_peak"]
 
 
-def ratio(a: dict, b: dict, *keys: str) -> float | None:
-    """a / b of what `keys` lead to: the median of the ratios within each repetition, which share their minute."""
+def ratios(a: dict, b: dict, *keys: str) -> list[float]:
+    """a / b of what `keys` lead to, within each repetition, whose runs share their minutes."""
     def of(run):
         for k in keys:
             run = run[k]
         return run
     pairs = [(of(x), of(y)) for x, y in zip(a["runs"], b["runs"])]
-    return statistics.median(x / y for x, y in pairs) if pairs and all(x and y for x, y in pairs) else None
+    return [x / y for x, y in pairs] if all(x and y for x, y in pairs) else []
+
+
+def ratio(a: dict, b: dict, *keys: str) -> float | None:
+    """The median of `ratios`."""
+    return statistics.median(found) if (found := ratios(a, b, *keys)) else None
 
 
 def error(row: dict) -> float | None:
@@ -98,8 +103,11 @@ def grid(rows, good):
                "1": "a micro-batch of one has no padding, and one example keeps this processor busy already; where it does "
                     "not (a GPU), expect the other order"}
         why = why.get(fast["name"][0], "large micro-batches are padded more, small ones make more and smaller products")
-        notes = [f"Time: {' < '.join(r['name'] for r in by_time)}. {fast['name']} takes "
-                 f"{number(ratio(slow, fast, 'examples_per_s'))} of the time of {slow['name']}: {why}.",
+        times = ratios(slow, fast, "examples_per_s")
+        settled = len(times) > 2 and all(x < 1 for x in times)  # in every repetition, not in the median only
+        end = f"; a likely reason, not measured here: {why}." if settled else ", but these runs do not settle the order."
+        notes = [f"Time: {' < '.join(r['name'] for r in by_time)}. {fast['name']} takes {number(statistics.median(times))} "
+                 f"of the time of {slow['name']}{end}",
                  f"Memory: {' < '.join(r['name'] for r in sorted(good, key=peak))}; {mb(a)} MB + {mb(b)} MB for each "
                  f"example of a micro-batch (least squares). Accumulation itself costs the gradients, which stay from one "
                  f"micro-batch to the next; each backward frees its graph."]
@@ -134,8 +142,7 @@ def peers(rows, good):
     for ours, theirs in zip(rows[::2], rows[1::2]):
         if ours not in good or theirs not in good:
             continue
-        pairs = " ".join(number(ratio({"runs": [x]}, {"runs": [y]}, "examples_per_s"))
-                         for x, y in zip(ours["runs"], theirs["runs"]))
+        pairs = " ".join(map(number, ratios(ours, theirs, "examples_per_s")))
         job, speed = ours["name"].split(",")[0], number(ratio(ours, theirs, "examples_per_s"))
         note = (f"{job}: {speed} times the examples/s ({pairs}), {number(ratio(ours, theirs, 'memory', 'rss_peak'))} of the "
                 f"peak RSS")
