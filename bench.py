@@ -1,0 +1,352 @@
+"""The tables and pictures of the README: real training steps, each configuration in a process of its own.
+
+    python bench.py ladder --model gpt2                        docs/bench/ladder-gpt2.md, .json, .png
+    python bench.py ladder --model gpt2 -- --max-length 256    what follows -- goes to train.py in every row
+    python bench.py predict --model gpt2,smollm2-135m --resume go on after an interrupt
+
+    ladder      one technique more in each row, from full fine-tuning to LoRA over 4-bit weights with paged 8-bit AdamW
+    grid        8 examples a step, as 1 x 8, 2 x 4, 4 x 2 and 8 x 1 (examples a micro-batch x micro-batches)
+    techniques  --full, and what checkpointing, accumulation, 8-bit AdamW, an optimizer on the CPU change, alone and together
+    predict     predicted against measured peak over many combinations of options and several models
+    peers       the same job here and in transformers + PEFT (+ bitsandbytes), see peer.py
+    scaling     peak and time a step against sequence length, batch and layers, and the fitted laws
+
+A row is one command, `python train.py --model M OPTIONS --steps N --samples 0`, run --repeat times. The rows take turns: all
+of them once, then all of them again, because a shared machine can be 40 % faster in one minute than in the next. A speed is
+the median over the repetitions, a ratio of speeds the median of the ratios within each repetition. The peak of live tensor
+bytes is exact, so it has to be the same every time; the table says so where it is not. tables.py and plots.py make the
+tables and the pictures from the numbers.
+"""
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import plots
+import record
+import tables
+import weights
+from weights import ASSETS, UserError
+
+ROOT = Path(__file__).resolve().parent
+PEER_VERSIONS = ("transformers", "peft", "bitsandbytes")
+
+# ------------------------------------------------------------------------------------------------------ the rows
+
+ACCUMULATED = "--amp --ckpt-every 1 --batch-size 1 --grad-accum 8"  # in place of train.py's 8 x 1
+LADDER = {
+    "full fine-tuning": "--full",
+    "LoRA": "",
+    "+ AMP": "--amp",
+    "+ every 2nd layer recomputed": "--amp --ckpt-every 2",
+    "+ every layer recomputed": "--amp --ckpt-every 1",
+    "+ accumulation": ACCUMULATED,
+    "+ 8-bit weights": f"{ACCUMULATED} --bits 8",
+    "+ 4-bit weights": f"{ACCUMULATED} --bits 4",
+    "+ paged 8-bit AdamW": f"{ACCUMULATED} --bits 4 --optimizer paged_adamw8bit",
+}
+GRID = {f"{n} x {8 // n}": f"--lora-r 8 --lora-alpha 16 --lora-dropout 0.1 --batch-size {n} --grad-accum {8 // n}"
+        for n in (1, 2, 4, 8)}
+TECHNIQUES = {
+    "baseline": "--full",
+    "1 checkpointing": "--full --ckpt-every 1",
+    "2 accumulation": "--full --batch-size 1 --grad-accum 8",
+    "3 8-bit AdamW": "--full --optimizer adamw8bit",
+    "4 AMP, optimizer on the CPU": "--full --amp --optimizer offload_adamw",
+    "1 + 2 + 3": "--full --ckpt-every 1 --batch-size 1 --grad-accum 8 --optimizer adamw8bit",
+    "1 + 2 + 4": "--full --ckpt-every 1 --batch-size 1 --grad-accum 8 --amp --optimizer offload_adamw",
+}
+PREDICT = (
+    "", "--batch-size 1", "--batch-size 4 --grad-accum 2", "--max-length 96", "--max-length 64 --batch-size 16", "--pack",
+    "--lora-targets all", "--lora-targets all --lora-r 32 --rslora", "--lora-dropout 0.1",
+    "--ckpt-every 1", "--ckpt-every 2",
+    "--amp", "--amp --pack", "--amp --ckpt-every 2", "--amp --ckpt-every 1 --ckpt-offload", ACCUMULATED,
+    "--amp --lora-targets all --lora-dropout 0.1", "--amp --lora-init pissa",
+    "--amp --optimizer adamw8bit", "--amp --optimizer paged_adamw8bit", "--amp --optimizer offload_adamw",
+    "--amp --bits 32", "--amp --bits 32 --ckpt-every 2", "--amp --bits 8", "--amp --bits 8 --ckpt-every 1",
+    "--amp --bits 4", "--amp --bits 4 --lora-init loftq --lora-targets all",
+    f"{ACCUMULATED} --bits 4 --optimizer paged_adamw8bit",
+    "--full", "--full --ckpt-every 1", "--full --batch-size 1 --grad-accum 8", "--full --amp",
+    "--full --optimizer adamw8bit", "--full --optimizer paged_adamw8bit", "--full --amp --optimizer offload_adamw",
+    "--full --amp --optimizer offload_adamw --ckpt-every 1 --batch-size 1 --grad-accum 8",
+)
+
+
+def named(table: dict) -> Callable:
+    return lambda model, args: [{"name": name, "model": model, "options": options} for name, options in table.items()]
+
+
+def predict_rows(model: str, args) -> list[dict]:
+    return [{"name": f"`{options}`" if options else "(defaults)", "model": model, "options": options} for options in PREDICT]
+
+
+def peers_rows(model: str, args) -> list[dict]:
+    """Neighbouring rows are a pair: here, then the peer. PEFT adapts GPT-2's c_attn whole, so both do."""
+    _, _, raw = weights.read_config(weights.find(model))
+    targets = "c_attn" if raw["model_type"] == "gpt2" else "q_proj,v_proj"
+    ours = (f"--lora-r 8 --lora-targets {targets} --batch-size 4 --max-length 256 --template alpaca --lr 1e-3 "
+            f"--schedule constant --warmup-steps 0" + (" --val-frac 0.01" if args.data else ""))
+    theirs = "--batch-size 4 --max-length 256 --lr 1e-3"
+    rows = []
+    for job, options in {"16 bit": "--amp", "8 bit": "--amp --bits 8", "4 bit": "--amp --bits 4"}.items():
+        rows += [{"name": f"{job}, here", "model": model, "options": f"{options} {ours}"},
+                 {"name": f"{job}, peer", "model": model, "options": f"{options} {theirs}", "program": "peer.py"}]
+    return rows
+
+
+def scaling_rows(model: str, args) -> list[dict]:
+    """From one configuration, a quarter of the positions (1,024 at most) x 4 examples, each of three sizes is varied."""
+    if args.data:
+        raise UserError("scaling takes no --data: every example must fill its length, so the bench writes a text of its own")
+    config, _, raw = weights.read_config(weights.find(model))
+    targets = "c_attn.q,c_attn.v" if raw["model_type"] == "gpt2" else "q_proj,v_proj"  # gpt2-nano's own default is another
+    longest = min(1024, config.n_positions)
+    base = {"length": longest // 4, "batch": 4, "layers": config.n_layer}
+    grid = {"length": (longest // 8, longest // 4, longest // 2, longest), "batch": (1, 2, 4, 8),
+            "layers": sorted({max(1, config.n_layer * i // 4) for i in (1, 2, 3, 4)})}
+    rows = []
+    for size, values in grid.items():
+        for value in values:
+            at = {**base, size: value}
+            row = {"name": ", ".join(f"{k} {v}" for k, v in at.items()), "model": model, "sizes": at,
+                   "options": f"--lora-targets {targets} --max-length {at['length']} --batch-size {at['batch']}"}
+            if row not in rows:
+                rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- one run
+
+class RunFailed(Exception):
+    """A configuration that did not run; the message is its process's last line."""
+
+
+def run_one(row: dict, settings: dict) -> dict:
+    """One row's process, from the start to its summary.json (peer.py: its last line). Raises RunFailed."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as tmp:
+        program, model = row.get("program", "train.py"), row["model"]
+        data = ["--data", settings["data"]] if settings["data"] else []
+        if "sizes" in row:
+            model, data = other_depth(model, row["sizes"]["layers"], Path(tmp)), long_text(row["sizes"], settings, Path(tmp))
+        command = [sys.executable, str(ROOT / program), "--model", model, *row["options"].split(), *data,
+                   "--steps", str(settings["steps"])] + ["--device", settings["device"]] * bool(settings["device"])
+        if program == "train.py":
+            command += ["--samples", "0", *settings["extra"], "--out", f"{tmp}/run"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            killed = f"killed by signal {-done.returncode} (9: out of memory?) " if done.returncode < 0 else ""
+            raise RunFailed(killed + (lines[-1] if lines else f"exit status {done.returncode}"))
+        if program == "peer.py":
+            return {**json.loads(done.stdout.splitlines()[-1]), "commit": commit()}
+        summary = weights.read_json(Path(tmp) / "run" / "summary.json")
+        steps = [x["step_s"] for x in record.read_log(Path(tmp) / "run") if "step_s" in x][2:]  # warm-up, ledger
+        examples = int(re.search(r"training: ([\d,]+) examples", done.stdout)[1].replace(",", ""))
+        return {**summary, "step_s": statistics.median(steps) if steps else None, "examples": examples, "commit": commit()}
+
+
+def other_depth(model: str, layers: int, tmp: Path) -> str:
+    """The same model with fewer or more layers, of random weights, in tmp; the model itself at its own depth."""
+    folder = weights.find(model)
+    config, _, raw = weights.read_config(folder)
+    if layers == config.n_layer:
+        return model
+    key = "n_layer" if "n_layer" in raw else "num_hidden_layers"
+    for name in weights.TOKENIZER_FILES:
+        if (folder / name).is_file():
+            (tmp / name).write_bytes((folder / name).read_bytes())
+    weights.write_text(tmp / "config.json", json.dumps({**raw, key: layers}))
+    weights.save(weights.from_scratch(str(tmp)), tmp)
+    return str(tmp)
+
+
+def long_text(sizes: dict, settings: dict, tmp: Path) -> list[str]:
+    """A text that fills every window of the run: 8 bytes for a token is more than any tokenizer here makes of one."""
+    text = (ASSETS / "support.jsonl").read_text(encoding="utf-8")
+    pieces = settings["steps"] * sizes["batch"] * sizes["length"] * 8 // len(text) + 1
+    weights.write_text(tmp / "train.txt", text * pieces)
+    weights.write_text(tmp / "held-out.txt", text[:16 * sizes["length"]])
+    return ["--data", f"{tmp}/train.txt", "--val-data", f"{tmp}/held-out.txt"]
+
+
+@dataclass
+class Bench:
+    title: str
+    rows: Callable  # (model, args) -> rows
+    table: Callable  # (rows, those that ran) -> columns, notes
+    picture: Callable  # (title, rows that ran, command, path) -> writes the PNG
+    steps: int
+    repeat: int
+
+
+BENCHES = {
+    "ladder": Bench("One technique more in each row", named(LADDER), tables.ladder, plots.categories, 20, 3),
+    "grid": Bench("Batch size x accumulation, 8 examples a step", named(GRID), tables.grid, plots.grid, 20, 3),
+    "techniques": Bench("Full fine-tuning, techniques alone and together", named(TECHNIQUES), tables.techniques,
+                        plots.categories, 20, 3),
+    "predict": Bench("Predicted against measured peak", predict_rows, tables.predict, plots.predict, 3, 1),
+    "peers": Bench("Here against transformers + PEFT", peers_rows, tables.peers, plots.peers, 20, 5),
+    "scaling": Bench("Peak and time against length, batch, layers", scaling_rows, tables.scaling, plots.scaling, 6, 3),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ the whole
+
+def commit() -> str | None:
+    """Of this checkout, "+ changes" where a .py file differs from it; None outside git."""
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+    if not (ROOT / ".git").exists() or (head := git("rev-parse", "--short=10", "HEAD")).returncode:
+        return None
+    return head.stdout.strip() + (" + changes" if git("diff", "--quiet", "HEAD", "--", "*.py").returncode else "")
+
+
+def about(name: str, device: str | None) -> dict:
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file() and (model := re.search(r"model name\s*: (.*)", info.read_text())):
+        cpu = model[1]
+    machine = f"{cpu}, {os.cpu_count()} cores, PyTorch on {torch.get_num_threads()}"
+    if (where := torch.device(weights.usable_device(device))).type == "cuda":
+        machine = f"{torch.cuda.get_device_name(where)}; {machine}"
+    versions = {"Python": platform.python_version(), "torch": torch.__version__}
+    for package in PEER_VERSIONS if name == "peers" else ():
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"machine": machine, "versions": versions, "commit": commit(), "date": datetime.date.today().isoformat()}
+
+
+def n_runs(rows: list[dict]) -> int:
+    return sum(len(r["runs"]) for r in rows)
+
+
+def earlier(path: Path, settings: dict, resume: bool) -> list[dict]:
+    """The rows of an earlier bench in `path` whose runs count. Raises UserError rather than lose an unfinished one."""
+    if not path.is_file():
+        return []
+    old = weights.read_json(path)
+    if not resume:
+        if not old["finished"]:
+            raise UserError(f"{path} holds {n_runs(old['rows'])} runs of an unfinished bench: --resume, or delete it")
+        return []
+    if changed := [k for k in settings if settings[k] != old["settings"][k]]:
+        line = (f"--resume: {path} was made with " + ", ".join(f"{k} {old['settings'][k]}" for k in changed)
+                + ", now " + ", ".join(f"{k} {settings[k]}" for k in changed))
+        if not old["finished"]:
+            raise UserError(f"{line}; choose another --out, or delete it")
+        print(f"{line}; none of its runs is used")
+        return []
+    return old["rows"]
+
+
+def run_bench(name: str, models: list[str], args, extra: list[str], command: str) -> bool:
+    """One table over `models`: its .json after every run, its .md and .png at the end. Whether all rows ran."""
+    bench = BENCHES[name]
+    settings = {"models": models, "data": args.data, "steps": args.steps or bench.steps,
+                "repeat": args.repeat or bench.repeat, "device": args.device, "extra": extra}
+    base = Path(args.out) / f"{name}-{'+'.join(Path(m).name for m in models)}"
+    path = base.with_name(base.name + ".json")
+    rows = [{"program": "train.py", **r, "runs": []} for m in models for r in bench.rows(m, args)]
+    kept = {json.dumps({k: v for k, v in r.items() if k not in ("runs", "median", "failed")}): r["runs"]
+            for r in earlier(path, settings, args.resume)}
+    for r in rows:
+        r["runs"] = kept.get(json.dumps({k: v for k, v in r.items() if k != "runs"}), [])
+    doc = {"bench": name, "command": command, "settings": settings, "about": about(name, args.device), "finished": False,
+           "rows": rows}
+    bar = tqdm(total=len(rows) * settings["repeat"], initial=n_runs(rows), unit="run", desc=name,
+               disable=not sys.stderr.isatty())
+    try:
+        for turn in range(settings["repeat"]):
+            for r in rows:
+                if len(r["runs"]) > turn or "failed" in r:
+                    continue
+                try:
+                    r["runs"].append(run_one(r, settings))
+                    said = f"peak RSS {tables.mb(r['runs'][-1]['memory']['rss_peak'])} MB"
+                except RunFailed as e:
+                    r["runs"], r["failed"] = [], str(e)
+                    said = f"failed: {e}"
+                weights.write_text(path, json.dumps(doc, indent=1) + "\n")
+                bar.write(f"{turn + 1}/{settings['repeat']} {Path(r['model']).name} {r['name']}: {said}", file=sys.stdout)
+                bar.update()
+    except KeyboardInterrupt:
+        bar.close()
+        print(f"interrupted; finished runs kept in {path}: {n_runs(rows)}; the same command with --resume goes on")
+        raise
+    bar.close()
+    for r in rows:
+        if r["runs"]:
+            r["median"] = tables.median(r["runs"])
+    good, title = [r for r in rows if "median" in r], f"{bench.title}: {', '.join(Path(m).name for m in models)}"
+    picture = Path(f"{base}.png") if any(tables.peak(r) for r in good) else None
+    if picture:
+        bench.picture(title, good, command, picture)
+    text = tables.markdown(title, bench.table, doc, picture and picture.name)
+    weights.write_text(f"{base}.md", text)
+    weights.write_text(path, json.dumps({**doc, "finished": True}, indent=1) + "\n")
+    print("\n" + text)
+    return len(good) == len(rows)
+
+
+def main(argv: list[str] | None = None) -> bool:
+    """Run one bench; True if every row of it ran. Raises UserError, and KeyboardInterrupt after saving."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    argv, extra = argv[:cut], argv[cut + 1:]
+    p = argparse.ArgumentParser(
+        prog="bench.py", usage="bench.py NAME [options] [-- OPTIONS OF TRAIN.PY]",
+        description="The README's tables and pictures.",
+        epilog="Finished runs are kept in DIR/NAME-MODEL.json. --resume uses those of the same rows, model, data, steps, "
+               "repetitions and train.py options (whatever the commit) and tries failed rows again. Without it, an "
+               "unfinished file is left alone with an error, a finished one is replaced.")
+    p.add_argument("name", metavar="NAME", choices=BENCHES, help=", ".join(BENCHES))
+    p.add_argument("--model", action="append", metavar="M", help="as train.py's; several, comma separated or repeated, "
+                   "make one table in predict and a table each elsewhere (default: gpt2-nano)")
+    p.add_argument("--data", metavar="FILE", help="as train.py's (default: the bundled examples)")
+    p.add_argument("--steps", type=int, metavar="N", help="optimizer steps a run (default: "
+                   + ", ".join(f"{name} {b.steps}" for name, b in BENCHES.items()) + ")")
+    p.add_argument("--repeat", type=int, metavar="N", help="runs a row (default: "
+                   + ", ".join(f"{name} {b.repeat}" for name, b in BENCHES.items()) + ")")
+    p.add_argument("--device", metavar="X", help="as train.py's")
+    p.add_argument("--out", default="docs/bench", metavar="DIR", help="folder of the tables (default: %(default)s)")
+    p.add_argument("--resume", action="store_true", help="go on with an interrupted bench")
+    args = p.parse_args(argv)
+    for option in ("steps", "repeat"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise UserError(f"--{option} {value}: must be at least 1")
+    own = {"--model", "--data", "--steps", "--device", "--out", "--samples", "--resume"}
+    if taken := own & {x.split("=")[0] for x in extra}:
+        raise UserError(f"{min(taken)} belongs before the --, or is bench.py's own")
+    if extra and args.name == "peers":
+        raise UserError("peers takes no options of train.py: the job must be the same on both sides")
+    models = [m for given in args.model or ["gpt2-nano"] for m in given.split(",") if m]
+    for m in models:
+        weights.find(m)  # a wrong name is one line here and not one in every row
+    command = shlex.join(["python", "bench.py", *(x for x in argv if x != "--resume"), *(["--", *extra] if extra else [])])
+    groups = [models] if args.name == "predict" else [[m] for m in models]
+    ran = [run_bench(args.name, group, args, extra, command) for group in groups]
+    return all(ran)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(0 if main() else "error: some rows failed, see the notes below the table")
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

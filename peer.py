@@ -1,0 +1,156 @@
+"""The same job in transformers + PEFT (+ bitsandbytes): what bench.py peers compares train.py with.
+
+    python peer.py --model gpt2 --amp                      float32 weights under autocast, as in the documentation
+    python peer.py --model DIR --data FILE --amp --bits 4  nf4 with double quantisation, computing in bfloat16
+
+A plain loop as the two projects document it: from_pretrained, get_peft_model (r 8, alpha 16, on Q and V or GPT-2's c_attn),
+torch.autocast, torch.optim.AdamW; Alpaca's prompt, the loss on the replies only, batches padded to the longest. This is the
+only file outside tests/ that imports them (pip install -r requirements-dev.txt). From this project come the things that make
+the jobs one: the rows and which are held out (data.py), the folder of a model's name (weights.py), the RSS (memory.py).
+
+Three things are to the peer's advantage: GPT-2's own dropout of 0.1 is switched off, because train.py does not apply it;
+quantised models skip prepare_model_for_kbit_training, which would hold embedding and head in float32; the RSS is taken
+before the held-out loss is computed.
+
+Prints, as its last line, JSON in the shape of summary.json, with the list of all losses besides.
+"""
+import argparse
+import json
+import os
+import random
+import sys
+import time
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import memory  # noqa: E402
+import weights  # noqa: E402
+from weights import ASSETS, UserError  # noqa: E402
+
+try:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+except ImportError as e:
+    sys.exit(f"error: peer.py needs {e.name}, which a plain install has not: pip install -r requirements-dev.txt")
+
+
+def load(args):
+    folder, quantised = str(weights.find(args.model)), {}
+    if args.bits:
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+               "bnb_4bit_compute_dtype": torch.bfloat16}
+        config = BitsAndBytesConfig(**(nf4 if args.bits == 4 else {"load_in_8bit": True}))
+        quantised = {"device_map": args.device, "quantization_config": config}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if args.bits else torch.float32, **quantised)
+    if not args.bits:
+        model.to(args.device)
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    gpt2 = model.config.model_type == "gpt2"
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, fan_in_fan_out=gpt2, task_type="CAUSAL_LM",
+                        target_modules=["c_attn"] if gpt2 else ["q_proj", "v_proj"])
+    return get_peft_model(model, config), AutoTokenizer.from_pretrained(folder)
+
+
+def examples(rows, tokenizer, max_length: int) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels) of instruction rows, cut at max_length."""
+    built = []
+    for where, row in rows:
+        messages = data.to_messages(where, row)
+        if len(messages) != 2 or "input" not in messages[0]:
+            raise UserError(f"{where}: peer.py reads rows with instruction and output only")
+        user, reply = messages
+        prompt = ("Below is an instruction that describes a task"
+                  + (", paired with an input that provides further context" if user["input"] else "")
+                  + ". Write a response that appropriately completes the request.\n\n"
+                  + f"### Instruction:\n{user['content']}\n\n"
+                  + (f"### Input:\n{user['input']}\n\n" if user["input"] else "") + "### Response:\n")
+        prompt = tokenizer(prompt)["input_ids"]
+        reply = tokenizer(reply["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(prompt) < max_length:  # else nothing of the reply is left to learn
+            built.append(((prompt + reply)[:max_length], ([-100] * len(prompt) + reply)[:max_length]))
+    return built
+
+
+def batch(chosen, device) -> dict:
+    longest = max(len(ids) for ids, _ in chosen)
+    room = [longest - len(ids) for ids, _ in chosen]
+    return {"input_ids": torch.tensor([ids + [0] * n for (ids, _), n in zip(chosen, room)], device=device),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for (ids, _), n in zip(chosen, room)], device=device),
+            "labels": torch.tensor([labels + [-100] * n for (_, labels), n in zip(chosen, room)], device=device)}
+
+
+def main(args) -> dict:
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    args.device = weights.usable_device(args.device)
+    if args.data:
+        rows, held_out = data.split(data.read_rows(args.data), 0.01, 0)
+    else:
+        rows, held_out = (data.read_rows(ASSETS / f) for f in ("support.jsonl", "support-heldout.jsonl"))
+    model, tokenizer = load(args)
+    train_set, val_set = (examples(r, tokenizer, args.max_length) for r in (rows, held_out))
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0)
+    amp = torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
+    if (cuda := torch.device(args.device).type == "cuda"):
+        torch.cuda.reset_peak_memory_stats(args.device)
+
+    model.train()
+    order, losses, seconds, tokens = [], [], [], []
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        if len(order) < args.batch_size:
+            order = rng.sample(range(len(train_set)), len(train_set))
+        chosen, order = [train_set[i] for i in order[:args.batch_size]], order[args.batch_size:]
+        with amp:
+            loss = model(**batch(chosen, args.device)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+        tokens.append(sum(len(ids) for ids, _ in chosen))
+    rss, allocated = memory.rss_peak(), memory.cuda_peak(args.device)
+
+    model.eval()
+    total = labels = 0
+    with torch.no_grad(), amp:
+        for i in range(0, len(val_set), args.batch_size):
+            b = batch(val_set[i:i + args.batch_size], args.device)
+            n = int((b["labels"][:, 1:] != -100).sum())
+            total, labels = total + model(**b).loss.item() * n, labels + n
+    timed = sum(seconds[1:])
+    trainable, all_params = model.get_nb_trainable_parameters()
+    return {"params": {"total": all_params, "trainable": trainable, "percent": 100 * trainable / all_params},
+            "memory": {"predicted_peak": None, "measured_peak": allocated[0] if cuda else None,
+                       "reserved": allocated[1] if cuda else None, "rss_peak": rss, "by_category": None,
+                       "predicted_by_category": None},
+            "loss": {"first": losses[0], "last": losses[-1], "val_after": total / labels}, "losses": losses,
+            "tokens_per_s": sum(tokens[1:]) / timed if timed else None,
+            "examples_per_s": args.batch_size * (args.steps - 1) / timed if timed else None,
+            "wall_s": time.perf_counter() - started, "steps": args.steps}
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(prog="peer.py", description="One LoRA job in transformers + PEFT, for bench.py peers.")
+    p.add_argument("--model", default="gpt2-nano")
+    p.add_argument("--data", help="instruction rows (default: the bundled examples)")
+    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--batch-size", type=int, default=4)
+    p.add_argument("--max-length", type=int, default=256)
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--amp", action="store_true", help="torch.autocast in bfloat16")
+    p.add_argument("--bits", type=int, choices=(8, 4), help="with bitsandbytes")
+    p.add_argument("--device")
+    try:
+        print(json.dumps(main(p.parse_args())))
+    except UserError as e:
+        sys.exit(f"error: {e}")
