@@ -40,7 +40,7 @@ import plots
 import record
 import tables
 import weights
-from weights import ASSETS, UserError
+from hub import ASSETS, UserError
 
 ROOT = Path(__file__).resolve().parent
 PEER_VERSIONS = ("transformers", "peft", "bitsandbytes")
