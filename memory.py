@@ -18,7 +18,7 @@ from collections import deque
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What each category comes to, in closed form. t: tokens of a micro-batch, L: layers, C: width, F: the MLP's width, V: vocabulary.
+# What each category comes to, in closed form. t: tokens of a micro-batch, L: layers, C: width, F: the MLP's width.
 # The example is LLaMA-7B with r = 16 on q and v, --amp, 1 x 512 tokens on a card: 15.3 GB.
 CATEGORIES = (
     "weights",      # 4 bytes a number, in 16 bit 2; of a layer's in 8 bit 1, in 4 bit 0.516 (quant.py)             13.48 GB
