@@ -30,7 +30,6 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -160,7 +159,8 @@ def patched(card: bool):
     """Inside, what the prediction does otherwise than the run. All of it is about time, or about the card."""
     with contextlib.ExitStack() as stack:
         def put(owner, name, value):
-            stack.enter_context(mock.patch.object(owner, name, value))
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
 
         put(quant, "ROOM", {})
         put(quant, "WORKSPACE", {})
