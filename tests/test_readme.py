@@ -21,7 +21,7 @@ def test_the_reading_order_lists_every_file_with_its_lines():
 
 def test_every_option_named_exists():
     options = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)}
-    others = {"--index-url", "--adapter", "--prompt"}  # of pip, generate.py, lora.py
+    others = {"--index-url", "--adapter", "--prompt", "--fit", "--repeat"}  # of pip, generate.py, memory.py, bench.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - options <= others
 
 
