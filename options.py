@@ -108,8 +108,8 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     if cfg.ckpt_offload and not cfg.ckpt_every:
         raise UserError("--ckpt-offload has no effect without --ckpt-every: it moves what a recomputed layer keeps")
     if cfg.dry_run and (cfg.compile or cfg.show_batch):
-        raise UserError("--dry-run knows nothing of --compile, which decides anew what is kept; leave it out" if cfg.compile else
-                        "--dry-run and --show-batch both stop the run; give one")
+        raise UserError("--dry-run knows nothing of --compile, which decides anew what is kept; leave it out"
+                        if cfg.compile else "--dry-run and --show-batch both stop the run; give one")
     if not (cfg.dry_run and cfg.device):
         cfg.device = weights.usable_device(cfg.device)
     elif cfg.device.partition(":")[0] not in ("cpu", "cuda", "mps"):  # a card can be predicted where there is none
