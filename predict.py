@@ -79,13 +79,11 @@ def predict(cfg: options.TrainConfig, micro_batches: list) -> dict:
     """The same in this process."""
     import train  # which imports this file, and where it is __main__ has been imported under that name only
 
-    device, card = cfg.device, torch.device(cfg.device).type != "cpu"
+    device, card = cfg.device, torch.device(cfg.device).type == "cuda"  # (Apple's chips have one memory, as a CPU has)
     config, model_class, _ = weights.config_of(cfg.model)
     cfg = dataclasses.replace(cfg, device="cpu", resume=False, steps=10, warmup_steps=0)
     batches = [[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in micro_batches]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # there is next to nothing to compute
-    with memory.Hollow(), patched(card):
+    with one_thread(), memory.Hollow(), patched(card):
         model = weights.hollow(config, model_class, 32 if cfg.full else cfg.bits)
         train.prepare(model, dataclasses.replace(cfg, lora_init="default"))
         for m in lora.adapters(model).values():
@@ -98,17 +96,27 @@ def predict(cfg: options.TrainConfig, micro_batches: list) -> dict:
         if card:
             size = cublas_workspace(device)
             workspaces = [memory.hollow((size,), torch.uint8) for _ in range(2)]
-            ledger = CardLedger(model, run.optimizer, workspaces, "cpu")
+            ledger = CardLedger(model, run.optimizer, [*workspaces, *quant.kept()], "cpu")
         else:
             ledger, workspaces = memory.Ledger(model, run.optimizer, quant.kept()), []
         with ledger:
             for t in workspaces:
                 ledger.follow(t)
             run.train_step()
-    torch.set_num_threads(threads)
     cache = allocator.replay(ledger.book, ledger.sizes) if card else None
     return {"peak": cache.allocated_peak if card else ledger.peak, "reserved": cache.reserved if card else None,
             "by_category": ledger.at_peak, "params": params}
+
+
+@contextlib.contextmanager
+def one_thread():
+    """There is next to nothing to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class CardLedger(memory.Ledger):
