@@ -6,6 +6,7 @@ cannot apply stops the run before anything is loaded; none is ignored.
 import argparse
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 
 import lorainit
@@ -107,9 +108,11 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
     if cfg.ckpt_offload and not cfg.ckpt_every:
         raise UserError("--ckpt-offload has no effect without --ckpt-every: it moves what a recomputed layer keeps")
+    if cfg.dry_run and cfg.compile:
+        raise UserError("--dry-run has no answer with --compile, which changes what is kept for backward")
     if not (cfg.dry_run and cfg.device):
         cfg.device = weights.usable_device(cfg.device)
-    elif cfg.device.partition(":")[0] not in ("cpu", "cuda", "mps"):  # a card can be predicted where there is none
+    elif not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", cfg.device):  # a card can be predicted where there is none
         raise UserError(f"--device {cfg.device}: only cpu, cuda and mps")
     return cfg
 

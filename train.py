@@ -112,8 +112,7 @@ def main(cfg: TrainConfig) -> dict:
     cfg.save_every = cfg.save_every or cfg.eval_every
     out = record.prepare_out(cfg)
     done = record.steps_done(cfg)
-    largest = max(range(min(done + 1, cfg.steps - 1), cfg.steps), key=plan.size)
-    prediction = None if cfg.compile else predict.start(cfg, predict.sizes(plan, largest))
+    prediction = None if cfg.compile else predict.start(cfg, predict.sizes(plan, watched_step(plan, done, cfg.steps)))
 
     torch.manual_seed(cfg.seed)
     offload = cfg.full and cfg.optimizer == "offload_adamw"  # float32 on the CPU first: the masters
@@ -143,6 +142,11 @@ def read_data(cfg: TrainConfig):
     rows, val_rows = (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.split(rows, cfg.val_frac, cfg.seed)
     train_set, val_set = (data.build(r, tokenizer, template, cfg.max_length) for r in (rows, val_rows))
     return tokenizer, template, train_set, val_set
+
+
+def watched_step(plan: data.Plan, done: int, steps: int) -> int:
+    """The largest that the ledger will see: it leaves out the first, before which AdamW has no state."""
+    return max(range(min(done + 1, steps - 1), steps), key=plan.size)
 
 
 def prepare(model, cfg: TrainConfig):
@@ -411,7 +415,7 @@ def largest_step(cfg: TrainConfig, full_length: bool = False):
     if not full_length and here and data.has_tokenizer(here.parent):
         _, _, train_set, _ = read_data(cfg)
         plan = data.Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack)
-        step = max(range(cfg.steps or plan.steps_per_epoch), key=plan.size)
+        step = watched_step(plan, 0, cfg.steps or cfg.epochs * plan.steps_per_epoch)
         return predict.sizes(plan, step), f"the largest step of {cfg.data}", cfg
     data.read_rows(cfg.data)
     why = "" if full_length else f" ({cfg.model}'s tokenizer is not on this machine to measure the data)"
