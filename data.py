@@ -351,10 +351,18 @@ class Plan:
         return [[self.examples[j] for j in m] for m in self.steps[i]]
 
     def size(self, step: int) -> tuple[int, int]:
-        """(positions, labels) of the step's first micro-batch, which is its largest: what activations grow with."""
-        first = self.micro_batches(step)[0]
-        lengths = [len(e.ids) for e in first]
-        return (sum(lengths) if self.pack else len(lengths) * max(lengths)), sum(e.n_labels for e in first)
+        """What the step's memory grows with: the positions of its largest micro-batch, the labels of the one with most."""
+        def positions(m):
+            lengths = [len(e.ids) for e in m]
+            return sum(lengths) if self.pack else len(lengths) * max(lengths)
+        batches = self.micro_batches(step)
+        return max(map(positions, batches)), max(sum(e.n_labels for e in m) for m in batches)
+
+    def largest(self, steps: range) -> list[int]:
+        """Of `steps` the one with most positions, and the one with most labels, if that is another."""
+        sizes = {step: self.size(step) for step in steps}
+        most = [max(sizes, key=sizes.get), max(sizes, key=lambda step: sizes[step][::-1])]
+        return most[:1] if sizes[most[0]][1] == sizes[most[1]][1] else most
 
 
 @dataclass

@@ -206,8 +206,9 @@ class Hollow(TorchDispatchMode):
     but does not make anything large: a factory's tensor of more than 1 MB is hollow. A number that the program wants to see
     (`loss.item()`) is 1, and every question is answered with yes (all gradients are finite).
 
-    A hollow tensor outside the mode is an error ("invalid storage"); so nothing made in here may be kept in a cache that
-    outlives it. The meta device imports PyTorch's compiler (72 MB, 2 seconds): a process of its own is a good place.
+    A hollow tensor outside the mode is an error where PyTorch asks ("unallocated storage") and the end of the process where
+    it does not; so nothing made in here may be kept in a cache that outlives it. The meta device imports PyTorch's compiler
+    (72 MB, 2 seconds): a process of its own is a good place.
     """
 
     @classmethod

@@ -6,6 +6,7 @@ cannot apply stops the run before anything is loaded; none is ignored.
 import argparse
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 
 import lorainit
@@ -112,7 +113,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
                         if cfg.compile else "--dry-run and --show-batch both stop the run; give one")
     if not (cfg.dry_run and cfg.device):
         cfg.device = weights.usable_device(cfg.device)
-    elif cfg.device.partition(":")[0] not in ("cpu", "cuda", "mps"):  # a card can be predicted where there is none
+    elif not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", cfg.device):  # a card can be predicted where there is none
         raise UserError(f"--device {cfg.device}: only cpu, cuda and mps")
     return cfg
 

@@ -1,8 +1,8 @@
 """What a run will peak at, before it runs: its own training step, on tensors without memory (memory.Hollow).
 
 `train.py --dry-run` asks this file, and so does every training run, whose summary shows the answer beside the measurement.
-Nothing is read but the model's configuration, and the lengths of the examples in the largest step. It is run as the second
-step of its run, as AdamW's state is there from then on, under the ledger that watches the real one.
+Nothing is read but the model's configuration, and the lengths of the examples in the largest steps. These are run as the
+second and third of their run, as AdamW's state is there from then on, under the ledger that watches the real ones.
 
 It happens in a process of its own (some 350 MB, 3 seconds, beside the loading of the weights): PyTorch's shape functions
 import its compiler, which a training run has no other use for.
@@ -44,20 +44,26 @@ import options
 import quant
 import weights
 
-MICRO_BATCHES = 2  # of a step: the first is its largest; beside the second there are gradients
+
+def sizes(plan: data.Plan, steps: list[int]) -> list:
+    """What start() wants to know of steps: for each, for its micro-batches, [length, labelled tokens] of the examples.
+
+    Of many micro-batches three are enough: the first, which is the largest; the second, beside which there are gradients;
+    the one with most labels."""
+    found = []
+    for step in steps:
+        batches = [[(len(e.ids), e.n_labels) for e in m] for m in plan.micro_batches(step)]
+        most = max(range(len(batches)), key=lambda i: sum(k for _, k in batches[i]))
+        found.append([batches[i] for i in sorted({0, *range(1, len(batches))[:1], most})])
+    return found
 
 
-def sizes(plan: data.Plan, step: int) -> list:
-    """What start() wants to know of a step."""
-    return [[(len(e.ids), e.n_labels) for e in m] for m in plan.micro_batches(step)[:MICRO_BATCHES]]
-
-
-def start(cfg: options.TrainConfig, micro_batches: list) -> subprocess.Popen:
-    """Ask for the peak of a step. micro_batches: for each, [length, labelled tokens] of its examples, the largest first."""
+def start(cfg: options.TrainConfig, steps: list) -> subprocess.Popen:
+    """Ask for the peak of steps, whose `sizes` these are."""
     child = subprocess.Popen([sys.executable, str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     with contextlib.suppress(BrokenPipeError):  # it has died: answer() says why
-        child.stdin.write(json.dumps([dataclasses.asdict(cfg), micro_batches[:MICRO_BATCHES]]))
+        child.stdin.write(json.dumps([dataclasses.asdict(cfg), steps]))
         child.stdin.close()
     child.stdin = None
     return child
@@ -74,17 +80,15 @@ def answer(child: subprocess.Popen) -> dict:
     return json.loads(out)
 
 
-def predict(cfg: options.TrainConfig, micro_batches: list) -> dict:
+def predict(cfg: options.TrainConfig, steps: list) -> dict:
     """The same in this process."""
     import train  # which imports this file, and where it is __main__ has been imported under that name only
 
-    device, card = cfg.device, torch.device(cfg.device).type != "cpu"
+    device, card = cfg.device, torch.device(cfg.device).type == "cuda"  # (Apple's chips have one memory, as a CPU has)
     config, model_class, _ = weights.config_of(cfg.model)
     cfg = dataclasses.replace(cfg, device="cpu", resume=False, steps=10, warmup_steps=0)
-    batches = [[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in micro_batches]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # there is next to nothing to compute
-    with memory.Hollow(), patched(card):
+    steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in step] for step in steps]
+    with one_thread(), memory.Hollow(), patched(card):
         model = weights.hollow(config, model_class, 32 if cfg.full else cfg.bits)
         train.prepare(model, dataclasses.replace(cfg, lora_init="default"))
         for m in lora.adapters(model).values():
@@ -92,22 +96,33 @@ def predict(cfg: options.TrainConfig, micro_batches: list) -> dict:
                 m.keep_start(m.lora_A, m.B())
         params = memory.count(model)
         run = train.Run(cfg, None, model, None, None, None, None, None)
-        run.micro_batches = lambda step: [data.collate(m, cfg.pack, cfg.max_length) for m in batches]
+        run.micro_batches = lambda step: [data.collate(m, cfg.pack, cfg.max_length) for m in steps[step]]
         as_after_a_step(run, card)
         if card:
             size = cublas_workspace(device)
             workspaces = [memory.hollow((size,), torch.uint8) for _ in range(2)]
-            ledger = CardLedger(model, run.optimizer, workspaces, "cpu")
+            ledger = CardLedger(model, run.optimizer, [*workspaces, *quant.kept()], "cpu")
         else:
             ledger, workspaces = memory.Ledger(model, run.optimizer, quant.kept()), []
         with ledger:
             for t in workspaces:
                 ledger.follow(t)
-            run.train_step()
-    torch.set_num_threads(threads)
+            for _ in steps:
+                run.train_step()
     cache = allocator.replay(ledger.book, ledger.sizes) if card else None
     return {"peak": cache.allocated_peak if card else ledger.peak, "reserved": cache.reserved if card else None,
             "by_category": ledger.at_peak, "params": params}
+
+
+@contextlib.contextmanager
+def one_thread():
+    """There is next to nothing to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class CardLedger(memory.Ledger):
@@ -179,8 +194,8 @@ def patched(card: bool):
 
 
 if __name__ == "__main__":
-    options_, micro_batches_ = json.load(sys.stdin)
+    options_, steps_ = json.load(sys.stdin)
     try:
-        print(json.dumps(predict(options.TrainConfig(**options_), micro_batches_)))
+        print(json.dumps(predict(options.TrainConfig(**options_), steps_)))
     except weights.UserError as e:
         sys.exit(str(e))

@@ -76,7 +76,7 @@ def options_of_run(cfg):
         if name != "out" and given != getattr(default, name) and given != saved[name]:
             raise UserError(f"--resume with a changed option: --{name.replace('_', '-')} {given}, the run in {cfg.out} has "
                             f"{saved[name]}; leave it out, or start a new run")
-    resumed = type(cfg)(**{**saved, "out": cfg.out, "resume": True})
+    resumed = type(cfg)(**{**saved, "out": cfg.out, "resume": True, "dry_run": cfg.dry_run, "show_batch": cfg.show_batch})
     resumed.epochs = default.epochs  # the number of steps was resolved from it
     return resumed
 

@@ -112,8 +112,7 @@ def main(cfg: TrainConfig) -> dict:
     cfg.save_every = cfg.save_every or cfg.eval_every
     out = record.prepare_out(cfg)
     done = record.steps_done(cfg)
-    largest = max(range(min(done + 1, cfg.steps - 1), cfg.steps), key=plan.size)
-    prediction = None if cfg.compile else predict.start(cfg, predict.sizes(plan, largest))
+    prediction = None if cfg.compile else predict.start(cfg, predict.sizes(plan, plan.largest(watched(done, cfg.steps))))
 
     torch.manual_seed(cfg.seed)
     offload = cfg.full and cfg.optimizer == "offload_adamw"  # float32 on the CPU first: the masters
@@ -143,6 +142,11 @@ def read_data(cfg: TrainConfig):
     rows, val_rows = (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.split(rows, cfg.val_frac, cfg.seed)
     train_set, val_set = (data.build(r, tokenizer, template, cfg.max_length) for r in (rows, val_rows))
     return tokenizer, template, train_set, val_set
+
+
+def watched(done: int, steps: int) -> range:
+    """The steps among which the ledger looks for the peak: it leaves out the first, before which AdamW has no state."""
+    return range(min(done + 1, steps - 1), steps)
 
 
 def prepare(model, cfg: TrainConfig):
@@ -234,20 +238,21 @@ class Run:
         if cuda:
             torch.cuda.reset_peak_memory_stats(cfg.device)
         # The ledger watches the second step, as AdamW's state exists from there on, and every later one that is larger than
-        # those it has seen: of 336 some 6. What they need is the peak of the run.
-        speed, ledger, watched, first = [], None, (0, 0), min(self.step + 1, cfg.steps - 1)
+        # those it has seen: of 336 some 10. What they need is the peak of the run.
+        speed, ledger, largest, to_watch = [], None, (0, 0), watched(self.step, cfg.steps)
         model.train()
         bar = tqdm(total=cfg.steps, initial=self.step, disable=not sys.stderr.isatty(), desc="training", unit="step")
         with InterruptFlag() as interrupt:
             while self.step < cfg.steps:
-                if self.step >= first and self.plan.size(self.step) > watched and not cfg.compile:
-                    watched = self.plan.size(self.step)
+                size = self.plan.size(self.step)
+                if self.step in to_watch and any(a > b for a, b in zip(size, largest)) and not cfg.compile:
+                    largest = tuple(map(max, size, largest))
                     with memory.Ledger(model, self.optimizer, quant.kept(), cuda) as book:
                         line = self.train_step()
                     ledger = max(ledger or book, book, key=lambda book: book.peak)
                 else:
                     line = self.train_step()
-                    if self.step > first:
+                    if self.step > to_watch.start:  # neither the first, which warms up, nor a watched one
                         speed.append(line)
                 seen["loss_first"] = line["loss"] if seen["loss_first"] is None else seen["loss_first"]
                 seen["loss_last"] = line["loss"]
@@ -411,11 +416,11 @@ def largest_step(cfg: TrainConfig, full_length: bool = False):
     if not full_length and here and data.has_tokenizer(here.parent):
         _, _, train_set, _ = read_data(cfg)
         plan = data.Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack)
-        step = max(range(cfg.steps or plan.steps_per_epoch), key=plan.size)
-        return predict.sizes(plan, step), f"the largest step of {cfg.data}", cfg
+        steps = plan.largest(watched(0, cfg.steps or cfg.epochs * plan.steps_per_epoch))
+        return predict.sizes(plan, steps), f"the largest step of {cfg.data}", cfg
     data.read_rows(cfg.data)
     why = "" if full_length else f" ({cfg.model}'s tokenizer is not on this machine to measure the data)"
-    sizes = [[(cfg.max_length, cfg.max_length)] * cfg.batch_size] * cfg.grad_accum
+    sizes = [[[(cfg.max_length, cfg.max_length)] * cfg.batch_size] * min(cfg.grad_accum, 2)]
     return sizes, f"steps of {cfg.batch_size} x {cfg.grad_accum} examples of {cfg.max_length} tokens, all learned{why}", cfg
 
 

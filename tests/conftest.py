@@ -78,8 +78,13 @@ def data_file(tmp_path):
     return make_data(tmp_path / "data.jsonl")
 
 
-@pytest.fixture(autouse=True)
-def no_prediction(monkeypatch):
+REAL = predict.start, predict.answer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_prediction():
     """A child process for each of hundreds of tiny runs would take 4 seconds each. test_predict.py has it as it is."""
-    monkeypatch.setattr(predict, "start", lambda cfg, micro_batches: None)
-    monkeypatch.setattr(predict, "answer", lambda child: {"error": "left out in the tests"})
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(predict, "start", lambda cfg, micro_batches: "nobody")
+        m.setattr(predict, "answer", lambda child: {"error": "left out in the tests"})
+        yield
