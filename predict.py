@@ -83,7 +83,7 @@ def predict(cfg: options.TrainConfig, micro_batches: list) -> dict:
     config, model_class, _ = weights.config_of(cfg.model)
     cfg = dataclasses.replace(cfg, device="cpu", resume=False, steps=10, warmup_steps=0)
     batches = [[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in micro_batches]
-    with one_thread(), memory.Hollow(), patched(card):
+    with one_thread(), torch.random.fork_rng([]), memory.Hollow(), patched(card):
         model = weights.hollow(config, model_class, 32 if cfg.full else cfg.bits)
         train.prepare(model, dataclasses.replace(cfg, lora_init="default"))
         for m in lora.adapters(model).values():
@@ -93,12 +93,11 @@ def predict(cfg: options.TrainConfig, micro_batches: list) -> dict:
         run = train.Run(cfg, None, model, None, None, None, None, None)
         run.micro_batches = lambda step: [data.collate(m, cfg.pack, cfg.max_length) for m in batches]
         as_after_a_step(run, card)
+        workspaces, ledger_class = quant.kept(), memory.Ledger
         if card:
-            size = cublas_workspace(device)
-            workspaces = [memory.hollow((size,), torch.uint8) for _ in range(2)]
-            ledger = CardLedger(model, run.optimizer, [*workspaces, *quant.kept()], "cpu")
-        else:
-            ledger, workspaces = memory.Ledger(model, run.optimizer, quant.kept()), []
+            workspaces += [memory.hollow((cublas_workspace(device),), torch.uint8) for _ in range(2)]
+            ledger_class = CardLedger
+        ledger = ledger_class(model, run.optimizer, workspaces, "cpu" if card else None)
         with ledger:
             for t in workspaces:
                 ledger.follow(t)
