@@ -196,7 +196,8 @@ class Hollow(TorchDispatchMode):
     (`loss.item()`) is 1, and every question is answered with yes (all gradients are finite).
 
     A hollow tensor outside the mode is an error where PyTorch asks ("unallocated storage") and the end of the process where
-    it does not; so nothing made in here may be kept in a cache that outlives it. The meta device imports PyTorch's compiler (72 MB, 2 seconds): a process of its own is a good place.
+    it does not; so nothing made in here may be kept in a cache that outlives it. The meta device imports PyTorch's compiler
+    (72 MB, 2 seconds): a process of its own is a good place.
     """
 
     @classmethod
