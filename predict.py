@@ -58,10 +58,13 @@ def sizes(plan: data.Plan, steps: list[int]) -> list:
     return found
 
 
-def start(cfg: options.TrainConfig, steps: list) -> subprocess.Popen:
-    """Ask for the peak of steps, whose `sizes` these are."""
-    child = subprocess.Popen([sys.executable, str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def start(cfg: options.TrainConfig, steps: list) -> subprocess.Popen | str:
+    """Ask for the peak of steps, whose `sizes` these are. A string says why that was not possible."""
+    try:
+        child = subprocess.Popen([sys.executable, str(Path(__file__).resolve())], stdin=subprocess.PIPE, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    except OSError as e:  # no memory left for another process, for one
+        return str(e)
     with contextlib.suppress(BrokenPipeError):  # it has died: answer() says why
         child.stdin.write(json.dumps([dataclasses.asdict(cfg), steps]))
         child.stdin.close()
@@ -69,15 +72,18 @@ def start(cfg: options.TrainConfig, steps: list) -> subprocess.Popen:
     return child
 
 
-def answer(child: subprocess.Popen) -> dict:
+def answer(child: subprocess.Popen | str) -> dict:
     """{"peak", "reserved": bytes, "by_category": {...}, "params": memory.count's}; or {"error": one line}.
 
     On a card "peak" is what max_memory_allocated will say and "reserved" max_memory_reserved; on a CPU the first is the
     peak of live tensor bytes, the second None."""
+    if isinstance(child, str):
+        return {"error": child}
     out, err = child.communicate()
-    if child.returncode:
-        return {"error": (err.strip().splitlines() or [f"it ended with status {child.returncode}"])[-1]}
-    return json.loads(out)
+    try:
+        return json.loads(out)
+    except ValueError:
+        return {"error": (err.strip().splitlines() or [f"the process ended with status {child.returncode}"])[-1]}
 
 
 def predict(cfg: options.TrainConfig, steps: list) -> dict:
@@ -88,7 +94,7 @@ def predict(cfg: options.TrainConfig, steps: list) -> dict:
     config, model_class, _ = weights.config_of(cfg.model)
     cfg = dataclasses.replace(cfg, device="cpu", resume=False, steps=10, warmup_steps=0)
     steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in step] for step in steps]
-    with one_thread(), memory.Hollow(), patched(card):
+    with one_thread(), torch.random.fork_rng([]), memory.Hollow(), patched(card):
         model = weights.hollow(config, model_class, 32 if cfg.full else cfg.bits)
         train.prepare(model, dataclasses.replace(cfg, lora_init="default"))
         for m in lora.adapters(model).values():
@@ -98,12 +104,11 @@ def predict(cfg: options.TrainConfig, steps: list) -> dict:
         run = train.Run(cfg, None, model, None, None, None, None, None)
         run.micro_batches = lambda step: [data.collate(m, cfg.pack, cfg.max_length) for m in steps[step]]
         as_after_a_step(run, card)
+        workspaces, ledger_class = quant.kept(), memory.Ledger
         if card:
-            size = cublas_workspace(device)
-            workspaces = [memory.hollow((size,), torch.uint8) for _ in range(2)]
-            ledger = CardLedger(model, run.optimizer, [*workspaces, *quant.kept()], "cpu")
-        else:
-            ledger, workspaces = memory.Ledger(model, run.optimizer, quant.kept()), []
+            workspaces += [memory.hollow((cublas_workspace(device),), torch.uint8) for _ in range(2)]
+            ledger_class = CardLedger
+        ledger = ledger_class(model, run.optimizer, workspaces, "cpu" if card else None)
         with ledger:
             for t in workspaces:
                 ledger.follow(t)

@@ -186,8 +186,9 @@ def report(summary: dict, out: Path):
         print(f"speed         {summary['tokens_per_s']:,.0f} tokens/s, {summary['examples_per_s']:.2f} examples/s, "
               f"{summary['wall_s']:.0f} s in all")
     error = f" ({100 * (m['predicted_peak'] / m['measured_peak'] - 1):+.1f} %)" if m["predicted_peak"] else ""
-    parts = [f"{memory.human(m['measured_peak'])} in tensors", f"{memory.human(m['predicted_peak'])} predicted{error}",
-             f"{memory.human(m['rss_peak'])} resident"] + [f"{memory.human(m['reserved'])} reserved"] * bool(m["reserved"])
+    predicted = [f"{memory.human(m['predicted_peak'])} predicted{error}"] * bool(m["predicted_peak"])
+    parts = [f"{memory.human(m['measured_peak'])} in tensors", *predicted, f"{memory.human(m['rss_peak'])} resident",
+             *[f"{memory.human(m['reserved'])} reserved"] * bool(m["reserved"])]
     print(f"peak memory   {', '.join(parts)}")
     if m["by_category"]:
         print("at the peak   " + table(m["by_category"], m["predicted_by_category"]).replace("\n", "\n              "))
