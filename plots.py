@@ -38,6 +38,10 @@ def digits(x: float) -> str:
     return f"{x:,.{0 if abs(x) >= 100 else 1 if abs(x) >= 10 else 2}f}"
 
 
+def amount(n: float) -> str:
+    return f"{digits(n / 1e9)} GB" if n >= 1e9 else f"{digits(n / 1e6)} MB"
+
+
 def categories(title: str, rows: list[dict], command: str, path):
     """The measured peak as bars stacked by category, the predicted one as a dashed outline around them; the speed beside."""
     rows = [r for r in rows if tables.peak(r)]
@@ -57,7 +61,7 @@ def categories(title: str, rows: list[dict], command: str, path):
             ax.barh(y, m["predicted_peak"] / unit, 0.8, fill=False, edgecolor="black", linestyle=(0, (3, 2)), linewidth=0.9)
         speed = rows[y]["median"]["tokens_per_s"]
         ends = max(m["measured_peak"], m["predicted_peak"] or 0) / unit
-        ax.annotate(digits(m["measured_peak"] / unit) + (f"   ({speed:,.0f} tokens/s)" if speed else ""), (ends, y),
+        ax.annotate(amount(m["measured_peak"]) + (f"   ({speed:,.0f} tokens/s)" if speed else ""), (ends, y),
                     xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set(yticks=range(len(rows)), yticklabels=[r["name"] for r in rows], xlabel=f"peak of live tensor bytes, {name}"
            if used else f"peak allocated, {name}")
