@@ -27,9 +27,9 @@ CATEGORIES = (
     "optimizer",    # 8 bytes a trained number, in 8 bit 2.03 (optim.py)                                            67.1 MB
     "activations",  # t L a, where a is in each model file: 2C + ... = 102 kB: 512 * 32 * 102 kB                     1.68 GB
                     # --ckpt-every 1: t (2C L + a), of every other layer: half of each (checkpoint.py)      (then) 0.18 GB
-    "loss",         # 4C t (the hidden vectors and their gradient), while it runs 2^22 logits of 6 bytes more        8.4 MB
-    "temporaries",  # what one operator hands to the next, in backward some three tensors of the MLP's width: 6F t   34 MB
-                    # (and on a card 17 MB for cuBLAS, see predict.py)
+    "loss",         # 2^22 logits of 6 bytes, 6C t for the hidden vectors and their gradient                         37.8 MB
+    "temporaries",  # what one operator hands to the next, in backward some three tensors of the MLP's width: 6F t
+                    # when the logits are gone; on a card cuBLAS's room besides (predict.py)              34 MB;   17.0 MB
 )
 
 
