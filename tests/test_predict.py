@@ -201,8 +201,8 @@ def test_states_in_the_machines_memory():
 
 
 def test_the_loss_holds_one_chunk():
-    """loss.py: 2^22 logits (here 80 rows of them), 4 bytes each and 2 more before or after; beside them C numbers a label, two
-    or three times (h and its gradient). The textbook's loss has 10 bytes a logit, 129 MB."""
+    """loss.py: 2^22 logits (here 80 rows of them), 4 bytes each and 2 more before or after; beside them C numbers a label,
+    two or three times (h and its gradient). The textbook's loss has 10 bytes a logit, 129 MB."""
     few, many = (ask("gpt2", T=256, labels=n)["by_category"]["loss"] for n in (128, 256))
     assert few == pytest.approx(80 * 50257 * 6 + 128 * 768 * 6, rel=0.02)
     assert many - few == pytest.approx(128 * 768 * 4, rel=0.1)
