@@ -332,3 +332,5 @@ if __name__ == "__main__":
         fit.main()
     except fit.UserError as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
