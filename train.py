@@ -239,14 +239,15 @@ class Run:
             torch.cuda.reset_peak_memory_stats(cfg.device)
         # The ledger watches the second step, as AdamW's state exists from there on, and every later one that is larger than
         # those it has seen: of 336 some 10. What they need is the peak of the run.
-        speed, ledger, largest, to_watch = [], None, (0, 0), watched(self.step, cfg.steps)
+        speed, ledger, largest, to_watch = [], None, [(0, 0), (0, 0)], watched(self.step, cfg.steps)
         model.train()
         bar = tqdm(total=cfg.steps, initial=self.step, disable=not sys.stderr.isatty(), desc="training", unit="step")
         with InterruptFlag() as interrupt:
             while self.step < cfg.steps:
                 size = self.plan.size(self.step)
-                if self.step in to_watch and any(a > b for a, b in zip(size, largest)) and not cfg.compile:
-                    largest = tuple(map(max, size, largest))
+                sizes = [size, size[::-1]]  # by positions, by labels: one or the other makes the peak (data.Plan.largest)
+                if self.step in to_watch and any(a > b for a, b in zip(sizes, largest)) and not cfg.compile:
+                    largest = list(map(max, sizes, largest))
                     with memory.Ledger(model, self.optimizer, quant.kept(), cuda) as book:
                         line = self.train_step()
                     ledger = max(ledger or book, book, key=lambda book: book.peak)
