@@ -10,6 +10,7 @@ from conftest import ROOT, make_folder
 
 import bench
 import memory
+import options as options_
 import plots
 import tables
 import train
@@ -231,7 +232,7 @@ def test_each_rung_of_the_ladder_is_the_one_before_and_one_technique():
 def test_every_row_is_a_configuration_that_train_accepts_and_predict_covers_the_toggles():
     for options in (*bench.LADDER.values(), *bench.GRID.values(), *bench.TECHNIQUES.values(), *bench.PREDICT):
         cfg = train.resolve(train.parse(options.split()))
-        assert train.resolve_bits(cfg, None) in (32, 16, 8, 4)
+        assert options_.resolve_bits(cfg, None) in (32, 16, 8, 4)
     assert len(set(bench.PREDICT)) == len(bench.PREDICT) >= 24
     seen = [vars(train.parse(options.split())) for options in bench.PREDICT]
     for name, values in {"bits": (None, 32, 8, 4), "amp": (0, 1), "ckpt_every": (0, 1, 2), "ckpt_offload": (0, 1),
