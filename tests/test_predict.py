@@ -148,7 +148,7 @@ def test_gpt2s_activations():
     assert 22 * token * tokens == pytest.approx(415e6, rel=0.01)
     card, cpu = activations("gpt2", 4), activations("gpt2", 4, device="cpu")
     assert card == pytest.approx(22 * token * tokens, rel=0.02)
-    assert cpu == pytest.approx(20 * token * tokens, rel=0.05)  # the peak is in the last layer's backward: part of it is gone
+    assert cpu == pytest.approx(20 * token * tokens, rel=0.05)  # the peak is in backward: part of it is gone
     assert activations("gpt2", 2) == pytest.approx(card / 2, rel=0.01)
     assert activations("gpt2", 4, ckpt_every=1) == pytest.approx(38e6 + 35e6, rel=0.06)
     half = (22 + 2) / 2 * token * tokens  # every other layer keeps its input alone, and one of those is made again
@@ -295,7 +295,8 @@ def test_dry_run_of_a_name_that_is_not_here_on_a_card_that_is_not_here(tmp_path,
 
 @pytest.mark.parametrize("words,wanted", [
     ("--model gpt5", "--model gpt5: no such folder, and no short name"), ("--model org/missing", "org/missing is not on"),
-    ("--device tpu", "--device tpu: only"), ("--device cuda:x", "--device cuda:x: only"), ("--compile", "--dry-run knows nothing of --compile"),
+    ("--device tpu", "--device tpu: only"), ("--device cuda:x", "--device cuda:x: only"),
+    ("--compile", "--dry-run knows nothing of --compile"),
     ("--data none.jsonl", "none.jsonl"), ("--model llama-13b --data none.jsonl", "none.jsonl"),
     ("--model llama-7b --max-length 4096", "--max-length 4096: llama-7b has 2048 positions"),
     ("--model gpt2 --bits 4", "--bits 4 needs --amp"), ("--model gpt2 --ckpt-every 13", "--ckpt-every 13")])
