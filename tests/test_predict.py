@@ -311,7 +311,7 @@ def test_llama_13b_on_any_laptop(tmp_path):
     """In a process of its own: below 1 GB and 15 seconds of work (twice that where the tests share the processor)."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     code = ("import runpy, sys\nsys.argv = ['train.py', *sys.argv[1:]]\nrunpy.run_path('train.py', run_name='__main__')\n"
-            "print(*[x for x in open('/proc/self/status') if x.startswith('VmHWM')])")  # (ru_maxrss starts with the parent's)
+            "print(*[x for x in open('/proc/self/status') if x.startswith('VmHWM')])")  # (ru_maxrss: the parent's too)
     args = "--model llama-13b --bits 4 --amp --ckpt-every 1 --batch-size 1 --dry-run --device cuda".split()
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
