@@ -340,23 +340,26 @@ class Plan:
 
     def __init__(self, data: Dataset, batch_size: int, grad_accum: int, seed: int, pack: bool = False):
         self.examples, self.pack, self.how = data.examples, pack, (batch_size, grad_accum, seed)
-        self.lengths = [len(e.ids) for e in data.examples]
+        self.lengths, self.labels = [len(e.ids) for e in data.examples], [e.n_labels for e in data.examples]
         self.steps_per_epoch = math.ceil(len(data) / (batch_size * grad_accum))
         self.epoch = self.steps = None
 
-    def micro_batches(self, step: int) -> list[list[Example]]:
+    def numbers(self, step: int) -> list[list[int]]:
+        """The step's micro-batches, as lists of example numbers."""
         epoch, i = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch, self.steps = epoch, plan(self.lengths, *self.how, epoch)
-        return [[self.examples[j] for j in m] for m in self.steps[i]]
+        return self.steps[i]
+
+    def micro_batches(self, step: int) -> list[list[Example]]:
+        return [[self.examples[i] for i in m] for m in self.numbers(step)]
 
     def size(self, step: int) -> tuple[int, int]:
         """What the step's memory grows with: the positions of its largest micro-batch, the labels of the one with most."""
-        def positions(m):
-            lengths = [len(e.ids) for e in m]
-            return sum(lengths) if self.pack else len(lengths) * max(lengths)
-        batches = self.micro_batches(step)
-        return max(map(positions, batches)), max(sum(e.n_labels for e in m) for m in batches)
+        batches = self.numbers(step)
+        lengths = [[self.lengths[i] for i in m] for m in batches]
+        return (max(sum(n) if self.pack else len(n) * max(n) for n in lengths),
+                max(sum(self.labels[i] for i in m) for m in batches))
 
     def largest(self, steps: range) -> list[int]:
         """Of `steps` the one with most positions, and the one with most labels, if that is another."""

@@ -30,29 +30,28 @@ CONTEXT = 500_000_000  # what CUDA itself takes of a card: 300 to 600 MB
 def parse_size(text: str) -> int:
     """"8GB", "7.5 GiB", "24000MB" -> bytes. GB are decimal (a card sold as 8 GB has 8 GiB, 8.6 GB). Raises UserError."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    m = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", text, re.IGNORECASE)
-    if not m or m[2].upper() not in units or m[1].count(".") > 1 or not float(m[1].replace(".", "", 1) or 0):
+    m = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    if not m or m[2].upper() not in units or not float(m[1]):
         raise UserError(f"--fit {text}: write a size such as 8GB, 7.5GiB or 24000MB")
     return int(float(m[1]) * units[m[2].upper()])
 
 
-def rungs(cfg: options.TrainConfig) -> list[tuple[str, dict]]:
-    """(what the rung adds, the options it sets). An option that the command line has set already is left as it is."""
+def rungs(cfg: options.TrainConfig) -> list[dict]:
+    """The options that each rung sets. One that the command line has set already is left as it is."""
     default, found = options.TrainConfig(), []
 
     def rung(**toggles):
         if all(getattr(cfg, k) in (getattr(default, k), v) for k, v in toggles.items()):
-            found.append((flags(toggles), toggles))
+            found.append(toggles)
 
     rung(amp=True)
     examples, size = cfg.batch_size * cfg.grad_accum, cfg.batch_size
     while size > 1 and cfg.grad_accum == 1:
         size //= 2
         if examples % size == 0:
-            found.append((flags(micro := {"batch_size": size, "grad_accum": examples // size}), micro))
-    for every in (2, 1):
-        if cfg.ckpt_every in (0, 2):
-            found.append((flags({"ckpt_every": every}), {"ckpt_every": every}))
+            found.append({"batch_size": size, "grad_accum": examples // size})
+    if cfg.ckpt_every in (0, 2):
+        found += [{"ckpt_every": 2}, {"ckpt_every": 1}]
     if cfg.ckpt_every in (0, 1, 2):
         rung(ckpt_offload=True)
     if not cfg.full:
@@ -60,7 +59,7 @@ def rungs(cfg: options.TrainConfig) -> list[tuple[str, dict]]:
         rung(bits=4)
     for optimizer in ("adamw8bit", "paged_adamw8bit", "offload_adamw")[:3 if cfg.full else 2]:
         rung(optimizer=optimizer)
-    return [(text, toggles) for text, toggles in found if any(getattr(cfg, k) != v for k, v in toggles.items())]
+    return [toggles for toggles in found if any(getattr(cfg, k) != v for k, v in toggles.items())]
 
 
 def flags(toggles: dict) -> str:
@@ -79,11 +78,11 @@ def search(cfg: options.TrainConfig, left) -> tuple[list, options.TrainConfig | 
         return tried[-1][2] >= 0
 
     best, found = cfg, fits("as it is", cfg)
-    for text, toggles in rungs(cfg):
+    for toggles in rungs(cfg):
         if found:
             break
         best = dataclasses.replace(best, **toggles)
-        found = fits(f"+ {text}", best)
+        found = fits(f"+ {flags(toggles)}", best)
     if not found:
         return tried, None
     for group in back(cfg, best):

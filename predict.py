@@ -52,9 +52,9 @@ def sizes(plan: data.Plan, steps: list[int]) -> list:
     the one with most labels."""
     found = []
     for step in steps:
-        batches = [[(len(e.ids), e.n_labels) for e in m] for m in plan.micro_batches(step)]
+        batches = [[(plan.lengths[i], plan.labels[i]) for i in m] for m in plan.numbers(step)]
         most = max(range(len(batches)), key=lambda i: sum(k for _, k in batches[i]))
-        found.append([batches[i] for i in sorted({0, *range(1, len(batches))[:1], most})])
+        found.append([batches[i] for i in sorted({0, min(1, len(batches) - 1), most})])
     return found
 
 

@@ -169,7 +169,8 @@ def table(measured: dict | None, predicted: dict | None) -> str:
         values = [d[c] for d in (measured, predicted) if d]
         if any(values):
             lines.append(f"{c:12}" + " ".join(f"{memory.human(v):>12}" for v in values))
-    return "\n".join([f"{'':12}" + "    measured    predicted" * 1] * bool(measured and predicted) + lines)
+    header = [f"{'':12}    measured    predicted"] if measured and predicted else []
+    return "\n".join(header + lines)
 
 
 def report_dry_run(cfg, found: dict, of: str):

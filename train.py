@@ -182,7 +182,6 @@ class Run:
                                    "val_after": None, "val_best": None, "samples": [], "skipped": 0}
         if cfg.resume:
             self.load_state()
-        self.interrupted = False
 
     def micro_batches(self, step: int) -> list:
         return [data.collate(m, self.cfg.pack, self.cfg.max_length) for m in self.plan.micro_batches(step)]

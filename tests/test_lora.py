@@ -415,7 +415,7 @@ def test_tiny_updates_arrive(folders, family, bits):
 def test_training_with_adapters_lowers_the_loss(folders, family):
     torch.manual_seed(0)  # the adapters' start is random
     model = lora.inject(weights.load(folders[family], bits=16), r=4, targets="all")
-    losses = train(model, lr=1e-2, steps=16)
+    losses = train(model, lr=1e-2, steps=12)
     assert losses[-1] < 0.8 * losses[0]
 
 

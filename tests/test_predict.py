@@ -146,9 +146,10 @@ def test_gpt2s_activations():
     checkpoint.py: 38 MB of inputs and one layer's 35. What is beyond the formula is the last norm's input."""
     token, tokens = 768 * 12, 4 * 512
     assert 22 * token * tokens == pytest.approx(415e6, rel=0.01)
-    card, cpu = activations("gpt2", 4), activations("gpt2", 4, device="cpu")
+    card = activations("gpt2", 4)
     assert card == pytest.approx(22 * token * tokens, rel=0.02)
-    assert cpu == pytest.approx(20 * token * tokens, rel=0.05)  # the peak is in backward: part of it is gone
+    # One example: the logits outweigh what backward needs, so the peak is where all activations are (with 4, 4 % are gone).
+    assert activations("gpt2", 1, device="cpu") == pytest.approx(20 * token * tokens / 4, rel=0.02)
     assert activations("gpt2", 2) == pytest.approx(card / 2, rel=0.01)
     assert activations("gpt2", 4, ckpt_every=1) == pytest.approx(38e6 + 35e6, rel=0.06)
     half = (22 + 2) / 2 * token * tokens  # every other layer keeps its input alone, and one of those is made again
@@ -169,7 +170,9 @@ def test_llamas_activations():
 def test_phis_activations():
     """phi.py: 51 kB a layer and token, 839 MB for 512; on a CPU 46 kB."""
     assert activations("phi-2") == pytest.approx(839e6, rel=0.01)
-    assert activations("phi-2", device="cpu") == pytest.approx(46e3 * 32 * 512, rel=0.03)
+    # On a CPU with so few tokens that the peak is where the logits are: all layers', and the last norm's input and output.
+    assert 18 * 2560 == pytest.approx(46e3, rel=0.01)
+    assert activations("phi-2", T=128, device="cpu") == pytest.approx((32 * 18 + 4) * 2560 * 128, rel=0.01)
 
 
 @pytest.mark.parametrize("model,r,wanted", [("gpt2", 8, 254e6), ("llama-7b", 16, 13.6e9)])
@@ -308,7 +311,7 @@ def test_dry_run_says_in_a_line_what_is_wrong(words, wanted, offline):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's own peak")
 def test_llama_13b_on_any_laptop(tmp_path):
-    """In a process of its own: below 1 GB and 15 seconds of work (twice that where the tests share the processor)."""
+    """In a process of its own: below 1 GB and 15 seconds of work."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     code = ("import runpy, sys\nsys.argv = ['train.py', *sys.argv[1:]]\nrunpy.run_path('train.py', run_name='__main__')\n"
             "print(*[x for x in open('/proc/self/status') if x.startswith('VmHWM')])")  # (ru_maxrss: the parent's too)
@@ -316,7 +319,7 @@ def test_llama_13b_on_any_laptop(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    assert int(done.stdout.split("VmHWM:")[1].split()[0]) * 1024 < 1e9 and seconds < 30, (seconds, done.stdout)
+    assert int(done.stdout.split("VmHWM:")[1].split()[0]) * 1024 < 1e9 and seconds < 15, (seconds, done.stdout)
     assert "llama-13b: 13,022,417,920 parameters in 7.23 GB" in done.stdout and "predicted peak on cuda: 7." in done.stdout
 
 
@@ -533,7 +536,7 @@ def test_what_is_no_size(text):
 
 
 def rungs(**given) -> list[str]:
-    return [text for text, _ in fit.rungs(TrainConfig(model="gpt2", **given))]
+    return [fit.flags(toggles) for toggles in fit.rungs(TrainConfig(model="gpt2", **given))]
 
 
 def test_the_rungs():
