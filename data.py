@@ -24,9 +24,9 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
-from hub import UserError
-from loss import IGNORE
-from tokenizer import Tokenizer, has_tokenizer, load_tokenizer  # noqa: F401  (data.load_tokenizer is the name to use)
+from errors import UserError
+from techniques.loss import IGNORE
+from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer  # noqa: F401  (data.load_tokenizer is the name to use)
 
 # ---------------------------------------------------------------------------------------------- templates
 

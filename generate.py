@@ -14,8 +14,8 @@ import torch
 
 import data
 import lora
-import weights
-from weights import UserError
+from files import weights
+from errors import UserError
 
 
 class KVCache:

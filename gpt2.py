@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attention import attend
-from checkpoint import checkpoint
+from techniques.attention import attend
+from techniques.recompute import checkpoint
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.json -> F.gelu(approximate=)
 

@@ -30,10 +30,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lorainit
-import quant
-import weights
-from weights import UserError
+from techniques import lora_init
+from techniques import quant
+from files import weights
+from errors import UserError
 
 
 class LoRALinear(nn.Module):
@@ -357,7 +357,7 @@ def merge(model: nn.Module):
 
 
 def main(argv=None):
-    import merging  # the command; it imports this file
+    from files import merging  # the command; it imports this file
     merging.main(argv)
 
 

@@ -327,7 +327,7 @@ def human(n: int | None) -> str:
 
 
 if __name__ == "__main__":
-    import fit  # which imports this file, under its own name
+    from ledger import fit  # which imports this file, under its own name
     try:
         fit.main()
     except fit.UserError as e:

@@ -27,8 +27,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attention import attend
-from checkpoint import checkpoint
+from techniques.attention import attend
+from techniques.recompute import checkpoint
 
 # config.json keys that do not change what the model computes when it runs or is fine-tuned.
 HARMLESS = set("""architectures auto_map model_type transformers_version torch_dtype dtype bos_token_id eos_token_id

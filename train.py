@@ -26,18 +26,18 @@ from tqdm import tqdm
 
 import data
 import generate
-import hub
+from files import hub
 import lora
-import lorainit
+from techniques import lora_init
 import memory
-import predict
-import quant
-import record
-import weights
-from loss import sum_loss
-from optim import OPTIMIZERS
-from options import TrainConfig, parse, resolve, resolve_for
-from weights import UserError
+from ledger import predict
+from techniques import quant
+from run import record
+from files import weights
+from techniques.loss import sum_loss
+from techniques.optim import OPTIMIZERS
+from run.options import TrainConfig, parse, resolve, resolve_for
+from errors import UserError
 
 
 def learning_rate(step: int, cfg: TrainConfig, total: int) -> float:

@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import predict  # noqa: E402
-import weights  # noqa: E402
+from ledger import predict  # noqa: E402
+from files import weights  # noqa: E402
 
 NANO = ROOT / "assets" / "gpt2-nano"
 GPT2 = {"model_type": "gpt2", "vocab_size": 4096, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4,

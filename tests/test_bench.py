@@ -10,12 +10,12 @@ from conftest import ROOT, make_folder
 
 import bench
 import memory
-import options as options_
-import plots
-import tables
+from run import options as options_
+from bench import plots
+from bench import tables
 import train
-import weights
-from weights import UserError
+from files import weights
+from errors import UserError
 
 
 def a_run(peak=100_000_000, speed=500.0, gpu=False, predicted=0.98, **more) -> dict:
@@ -350,7 +350,7 @@ def test_the_peer_runs_the_job(gpt2_folder, data_file, monkeypatch):
     pytest.importorskip("peft")
     import runs
 
-    import peer
+    from bench import peer
     args = argparse.Namespace(model=str(gpt2_folder), data=str(data_file), steps=3, batch_size=4, max_length=128,
                               lr=1e-3, amp=True, bits=None, device="cpu")
     monkeypatch.setattr(train.data, "split", lambda rows, fraction, seed: (rows[4:], rows[:4]))  # 1 % of 40 rows is none
@@ -371,4 +371,4 @@ def test_without_the_peers_packages_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "peer", raising=False)
     with pytest.raises(SystemExit, match="^error: peer.py needs peft, .*requirements-dev.txt$"):
-        import peer  # noqa: F401
+        from bench import peer  # noqa: F401

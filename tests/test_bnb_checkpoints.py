@@ -13,8 +13,8 @@ from test_weights import edit, edit_config
 
 import generate
 import lora
-import weights
-from weights import UserError
+from files import weights
+from errors import UserError
 
 KINDS = {  # name -> BitsAndBytesConfig, save_pretrained's options, bits
     "nf4-double": (dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True), {}, 4),

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 import generate
 import lora
 import train
-import weights
-from weights import UserError
+from files import weights
+from errors import UserError
 
 
 @pytest.fixture(scope="module")

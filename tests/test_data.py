@@ -11,10 +11,10 @@ from test_tokenizers import byte_level, corpus, llama2_json, train_sentencepiece
 
 import data
 import generate
-import hub
+from files import hub
 import train
-from loss import IGNORE
-from weights import UserError
+from techniques.loss import IGNORE
+from errors import UserError
 
 EOS = "<|endoftext|>"
 INTRO = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"

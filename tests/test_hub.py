@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save, save_file
 
 import llama
 import memory
-import weights
-from hub import SHORT_NAMES, is_complete
+from files import weights
+from files.hub import SHORT_NAMES, is_complete
 
 WAYS_ON = r"a local folder .* gpt2-nano, which is bundled"
 
@@ -37,8 +37,10 @@ def run(args, home, url, cwd=ROOT):
 
 
 LOAD = """
-import hashlib, json, sys
-import weights
+import hashlib
+import json
+import sys
+from files import weights
 from safetensors.torch import save
 results = {}
 for name in sys.argv[1:]:
@@ -232,8 +234,9 @@ def test_what_is_known_of_the_short_names(name, monkeypatch, tmp_path):
 
 
 CONFIG_OF = """
-import json, sys
-import weights
+import json
+import sys
+from files import weights
 results = {}
 for name in sys.argv[1:]:
     try:

@@ -24,10 +24,10 @@ import torch
 from conftest import make_data, make_folder
 from runs import no_picture, run, steps, timeless
 
-import checkpoint
-import loss
+from techniques import recompute
+from techniques import loss
 import train
-from optim import OPTIMIZERS
+from techniques.optim import OPTIMIZERS
 
 REFERENCE = Path(__file__).parent / "reference" / "trajectories.json"
 MAX, MEAN = 1e-5, 2e-6

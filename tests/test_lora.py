@@ -9,9 +9,9 @@ from conftest import ROOT, make_folder
 from safetensors.torch import load_file, save_file
 
 import lora
-import loss
-import weights
-from weights import UserError
+from techniques import loss
+from files import weights
+from errors import UserError
 
 FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
 IDS = torch.randint(0, 4096, (2, 12), generator=torch.Generator().manual_seed(1))

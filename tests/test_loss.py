@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora
-import loss
-import weights
+from techniques import loss
+from files import weights
 
 B, T, C, V = 3, 11, 16, 53
 

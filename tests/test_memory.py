@@ -12,10 +12,10 @@ from torch import nn
 import data
 import generate
 import lora
-import loss
+from techniques import loss
 import memory
-import weights
-from weights import UserError
+from files import weights
+from errors import UserError
 
 FAMILIES = ("gpt2", "llama", "phi")
 KB = 4 * 256  # a float32 tensor of 256 numbers

@@ -8,16 +8,16 @@ import pytest
 import torch
 from conftest import randomise
 
-import attention
+from techniques import attention
 import generate
 import gpt2
 import llama
 import lora
-import loss
+from techniques import loss
 import memory
 import phi
-import weights
-from weights import UserError
+from files import weights
+from errors import UserError
 
 REFERENCE = Path(__file__).parent / "reference"
 GPT2 = {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 
-import quant
+from techniques import quant
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 triton = pytest.importorskip("triton", reason="triton is not installed: see this file's first lines")
-import nf4_triton  # noqa: E402
+from techniques import nf4_triton  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of weights: less than a program's 2048, exactly that, more; blocks that straddle rows.
@@ -40,7 +40,8 @@ def test_the_bits_are_those_of_pytorch(shape, dtype):
 
 
 PTX = """
-import triton, nf4_triton
+import triton
+from techniques import nf4_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 signature = dict(packed="*u8", absmax="*fp32", levels="*fp32", out="*bf16", n_bytes="i32", size="constexpr")

@@ -11,10 +11,10 @@ from runs import lines, no_picture, run, steps, timeless
 from safetensors.torch import load_file
 
 import memory
-import optim
-import options
+from techniques import optim
+from run import options
 import train
-import weights
+from files import weights
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

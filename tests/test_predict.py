@@ -18,18 +18,18 @@ import torch
 from conftest import REAL, ROOT, make_data, make_folder
 from runs import no_picture, options, run, steps, timeless
 
-import allocator
-import fit
+from ledger import allocator
+from ledger import fit
 import memory
-import optim
-import options as options_
-import predict
-import quant
+from techniques import optim
+from run import options as options_
+from ledger import predict
+from techniques import quant
 import train
-import weights
-from allocator import CachingAllocator, MiB
+from files import weights
+from ledger.allocator import CachingAllocator, MiB
 from train import TrainConfig
-from weights import UserError
+from errors import UserError
 
 MB = 1e6
 

@@ -20,10 +20,10 @@ import generate
 import gpt2
 import lora
 import memory
-import quant
-import weights
-from optim import AdamW
-from weights import UserError
+from techniques import quant
+from files import weights
+from techniques.optim import AdamW
+from errors import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
-import hub
+from files import hub
 from train import TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from conftest import NANO, ROOT
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
-from weights import UserError
+from errors import UserError
 
 SHARED = ROOT.parent / "shared" / "tokenizers"
 TEXTS = ["Hello world", "", " ", "a", " leading and trailing ", "It's we'll I'VE they'd don't 'quoted'", "x  y   z    \t\tw",

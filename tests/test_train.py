@@ -20,14 +20,14 @@ from torch.nn import functional as F
 
 import data
 import lora
-import loss
+from techniques import loss
 import memory
 import train
-import weights
-from optim import AdamW
-from options import resolve_bits
+from files import weights
+from techniques.optim import AdamW
+from run.options import resolve_bits
 from train import TrainConfig
-from weights import UserError
+from errors import UserError
 
 FAMILIES = ("gpt2", "llama", "phi")
 ROWS = 18
@@ -467,7 +467,9 @@ def test_ctrl_c_in_a_terminal(shared, tmp_path):
 
 # Imports once, then trains in a child for each line of arguments: a fresh interpreter each time would take seconds to start.
 SERVER = """
-import json, os, sys
+import json
+import os
+import sys
 import train
 for line in sys.stdin:
     pid = os.fork()

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import llama
 import lora
-import weights
-from weights import UserError
+from files import weights
+from errors import UserError
 
 
 def params(model):
@@ -204,7 +204,8 @@ def test_loading_holds_no_second_copy(tmp_path):
     size = (folder / "model.safetensors").stat().st_size
     assert 50e6 < size < 80e6
     p = python("""
-        import sys, weights
+        import sys
+        from files import weights
         def status(key):
             return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
         weights.load(sys.argv[2], bits=16)  # imports and pools, once
@@ -265,8 +266,11 @@ def test_full_disk(gpt2_folder, tmp_path):
     before = {f.name: f.read_bytes() for f in target.iterdir()}
     lora.save(lora.inject(weights.load(gpt2_folder), r=2), tmp_path / "adapter")
     p = python("""
-        import resource, signal, sys
-        import lora, weights
+        import resource
+        import signal
+        import sys
+        import lora
+        from files import weights
         source, target, adapter, merged = sys.argv[1:]
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

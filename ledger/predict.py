@@ -33,16 +33,16 @@ from pathlib import Path
 
 import torch
 
-import allocator
-import attention
-import checkpoint
+from ledger import allocator
+from techniques import attention
+from techniques import recompute
 import data
 import lora
 import memory
-import optim
-import options
-import quant
-import weights
+from techniques import optim
+from run import options
+from techniques import quant
+from files import weights
 
 
 def sizes(plan: data.Plan, steps: list[int]) -> list:

@@ -19,10 +19,10 @@ import sys
 from tqdm import tqdm
 
 import memory
-import options
-import predict
+from run import options
+from ledger import predict
 import train
-from weights import UserError
+from errors import UserError
 
 CONTEXT = 500_000_000  # what CUDA itself takes of a card: 300 to 600 MB
 

@@ -29,9 +29,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import quant
-import weights
-from weights import UserError
+from techniques import quant
+from files import weights
+from errors import UserError
 
 INITS = ("default", "loftq", "pissa")
 STEPS = 25  # of the iteration in top_left

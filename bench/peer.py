@@ -27,8 +27,8 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import memory  # noqa: E402
-import weights  # noqa: E402
-from hub import ASSETS, UserError  # noqa: E402
+from files import weights  # noqa: E402
+from files.hub import ASSETS, UserError  # noqa: E402
 
 try:
     from peft import LoraConfig, get_peft_model

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-import quant
+from techniques import quant
 
 SIZE = 1024  # bytes to a program: 2048 weights, 16 to each thread of four warps
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from test_lora import IDS, MERGED, assert_same, hf_model, logits, randomise_adapters
 
 import lora
-import lorainit
+from techniques import lora_init
 import memory
-import merging
-import quant
+from files import merging
+from techniques import quant
 import train
-import weights
-from weights import UserError
+from files import weights
+from errors import UserError
 
 KINDS = [("gpt2", {}), ("gpt2", {"targets": "all", "rslora": True}), ("llama", {"targets": "all"}), ("phi", {}),
          ("tied llama", {"targets": ["q_proj", "lm_head"], "rslora": True})]

@@ -9,10 +9,11 @@ import math
 import re
 from dataclasses import dataclass
 
-import lorainit
-import weights
-from hub import ASSETS, UserError
-from optim import OPTIMIZERS
+from techniques import lora_init
+from files import weights
+from errors import UserError
+from files.hub import ASSETS
+from techniques.optim import OPTIMIZERS
 
 
 def option(default, group, help, **extra):

@@ -36,11 +36,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import plots
-import record
-import tables
-import weights
-from hub import ASSETS, UserError
+from bench import plots
+from run import record
+from bench import tables
+from files import weights
+from errors import UserError
+from files.hub import ASSETS
 
 ROOT = Path(__file__).resolve().parent
 PEER_VERSIONS = ("transformers", "peft", "bitsandbytes")

@@ -21,12 +21,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import gpt2
-import hub
+from files import hub
 import llama
 import memory
 import phi
-import quant
-from hub import UserError, find, read_json, weight_files
+from techniques import quant
+from errors import UserError
+from files.hub import find, read_json, weight_files
 
 FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama),  # by config.json's model_type
             "phi": (phi.Config, phi.Phi)}

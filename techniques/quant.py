@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optim import dynamic_code
+from techniques.optim import dynamic_code
 
 BLOCK = 64  # weights to an absmax
 NESTED = 256  # absmax to a scale
@@ -98,7 +98,7 @@ def quantize_absmax(absmax: torch.Tensor):
 def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The inverse: packed (n / 2, 1), absmax (n / 64,) float32 -> `out`, of any type. level * absmax, rounded once."""
     if packed.is_cuda and has_triton():
-        import nf4_triton
+        from techniques import nf4_triton
         return nf4_triton.dequantize(packed, absmax, out)
     codes, flat = packed.view(-1), out.view(-1)
     table, index, pairs = workspace(packed.device, CHUNK)

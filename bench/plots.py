@@ -13,8 +13,8 @@ from matplotlib.patches import Patch  # noqa: E402
 from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 import memory  # noqa: E402
-import tables  # noqa: E402
-import weights  # noqa: E402
+from bench import tables  # noqa: E402
+from files import weights  # noqa: E402
 
 COLOURS = ("#0072B2", "#F0E442", "#D55E00", "#CCCCCC", "#56B4E9", "#FFFFFF", "#009E73", "#E69F00", "#CC79A7")
 HATCHES = ("", "", "//", "..", "\\\\", "xx", "--", "++", "oo")

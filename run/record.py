@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import memory
-import predict
-import weights
-from weights import UserError
+from ledger import predict
+from files import weights
+from errors import UserError
 
 
 def prepare_out(cfg) -> Path:

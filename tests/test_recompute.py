@@ -5,11 +5,11 @@ from conftest import make_folder
 from torch import nn
 from torch.nn import functional as F
 
-import checkpoint
+from techniques import recompute
 import lora
-import loss
+from techniques import loss
 import memory
-import weights
+from files import weights
 
 FAMILIES = ("gpt2", "llama")
 B, T, C = 4, 64, 32  # C: conftest's n_embd

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import data
 import lora
-import quant
-import weights
+from techniques import quant
+from files import weights
 
 SHARD = 2 * 10**9  # bytes
 TEXT = ("The three primary colours are red, yellow and blue. In 1969 two people walked on the Moon, while a third waited in "
