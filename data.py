@@ -25,8 +25,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from errors import UserError
-from techniques.loss import IGNORE
 from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer  # noqa: F401  (data.load_tokenizer is the name to use)
+from techniques.loss import IGNORE
 
 # ---------------------------------------------------------------------------------------------- templates
 
@@ -82,7 +82,7 @@ def render(template: str, messages: list[dict], tokenizer: Tokenizer, prompt: bo
         raise UserError(f"the chat template refused the messages: {e}") from None
 
 
-def segments(messages: list[dict], template: str, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+def learned_pieces(messages: list[dict], template: str, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """Text pieces of a conversation and whether each is learned: the assistant's turns are.
 
     An assistant turn is what the template adds between "messages so far, now answer" and "messages so far + the answer".
@@ -209,6 +209,12 @@ def prompt_of(row) -> tuple[list, str] | None:
     return (row[:last], row[last]["content"]) if last else None
 
 
+def prompts(data: "Dataset", n: int) -> list[tuple[list, str]]:
+    """Some n (prompt, reply) pairs, spread over the rows; fewer where there are fewer."""
+    found = [p for p in map(prompt_of, data.rows) if p]
+    return found[::max(1, len(found) // max(1, n))][:n]
+
+
 # ---------------------------------------------------------------------------------------------- examples
 
 @dataclass
@@ -270,7 +276,7 @@ def build(rows, tokenizer: Tokenizer, template: str, max_length: int) -> Dataset
         row = to_messages(where, row)
         raw = bool(row) and isinstance(row[0], tuple)
         try:
-            pieces = row if raw else segments(row, template, tokenizer)
+            pieces = row if raw else learned_pieces(row, template, tokenizer)
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
         if not pieces or not any(text for text, learn in row if learn) if raw else not any(

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import data
-import lora
-from files import weights
 from errors import UserError
+from files import peft_files, weights
+from techniques.device import usable_device
 
 
 class KVCache:
@@ -117,13 +117,13 @@ def main(argv=None):
         raise UserError("--prompt is empty: there is nothing to reply to")
     bits = a.bits or weights.stored_bits(weights.find(a.model))
     if not bits and a.adapter:
-        _, trained = lora.trained_with(a.adapter)
+        _, trained = peft_files.trained_with(a.adapter)
         bits = trained if trained in (8, 4) else None
-    model = weights.load(a.model, bits=bits or 32, device=weights.usable_device(a.device))
+    model = weights.load(a.model, bits=bits or 32, device=usable_device(a.device))
     tokenizer = data.load_tokenizer(a.model)
     template = data.load_template("auto", tokenizer)
     if a.adapter:
-        lora.load(model, a.adapter)
+        peft_files.load(model, a.adapter)
         saved = Path(a.adapter) / "chat_template.jinja"  # the template it was trained with, not the model's
         template = saved.read_text(encoding="utf-8") if saved.is_file() else template
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from techniques.attention import attend
-from techniques.recompute import checkpoint
+from techniques.recompute import recompute
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.json -> F.gelu(approximate=)
 
@@ -140,9 +140,10 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 small to XL. See the design's "model's face": Config, hidden, head, forward, ckpt_every, ckpt_offload."""
+    """GPT-2 small to XL. files/weights.py lists what every family offers, under "Adding a model family"."""
 
     prefix = "transformer."  # newer checkpoints and PEFT adapters put this before every name
+    head_name = "lm_head"
     default_targets = ("c_attn.q", "c_attn.v")
 
     def __init__(self, config: Config):
@@ -180,7 +181,7 @@ class GPT2(nn.Module):
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.h):
             if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, segments, cache, offload=self.ckpt_offload)  # keep x, recompute the rest
+                x = recompute(block, x, segments, cache, offload=self.ckpt_offload)  # keep x, recompute the rest
             else:
                 x = block(x, segments, cache)
         return self.ln_f(x)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from techniques.attention import attend
-from techniques.recompute import checkpoint
+from techniques.recompute import recompute
 
 # config.json keys that do not change what the model computes when it runs or is fine-tuned.
 HARMLESS = set("""architectures model_type transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
@@ -249,9 +249,10 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The LLaMA family. See the design's "model's face": Config, hidden, head, forward, ckpt_every, ckpt_offload."""
+    """The LLaMA family. files/weights.py lists what every family offers, under "Adding a model family"."""
 
     prefix = ""  # the names below are the checkpoint's, whole
+    head_name = "lm_head"
     default_targets = ("q_proj", "v_proj")
 
     def __init__(self, config: Config):
@@ -287,7 +288,7 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(ids)  # (B, T, C)
         for i, block in enumerate(self.model.layers):
             if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, segments, cache, offload=self.ckpt_offload)  # keep x, not the rest
+                x = recompute(block, x, cos, sin, segments, cache, offload=self.ckpt_offload)  # keep x, not the rest
             else:
                 x = block(x, cos, sin, segments, cache)
         return self.model.norm(x)

@@ -60,7 +60,7 @@ def tensors_in(x) -> list[torch.Tensor]:
 
 
 class Ledger(TorchDispatchMode):
-    """Writes down the birth and the death of every tensor storage while it is active; finds the peak and its split.
+    """Records the birth and the death of every tensor storage while it is active; finds the peak and its categories.
 
         with Ledger(model, optimizer) as ledger:
             train_step()
@@ -79,7 +79,8 @@ class Ledger(TorchDispatchMode):
         temporaries         everything else: what lives from one operator to the next, and the tensors in `workspace`
                             (which outlive the step, and would pass for activations)
 
-    So a category is known when a storage's life is over, not when it begins; the split is read from the book afterwards.
+    A tensor's category is known only after it has been freed, so the ledger records all births and deaths and computes the
+    split at the end.
     Nothing is left out for lying on another device than the model: in a run on the CPU the machine's memory is the memory.
     `device` ("cuda") counts that device's alone.
     """
@@ -94,7 +95,7 @@ class Ledger(TorchDispatchMode):
         self.workspace = {t.untyped_storage()._cdata for t in workspace}
         self.sizes, self.categories = [], []  # of every storage that was met, by its number; None: not known yet
         self.numbers: dict[int, tuple] = {}  # of those that live: address -> (number, weak reference)
-        self.book: list[int] = []  # births (number) and deaths (-1 - number), in their order
+        self.events: list[int] = []  # births (number) and deaths (-1 - number), in their order
         self.total = self.peak = 0
         self.regions, self.in_backward, self.hooks = [], False, []
 
@@ -135,7 +136,7 @@ class Ledger(TorchDispatchMode):
             self.numbers[key] = number, weakref.ref(storage, lambda _: self.forget(key))
             self.sizes.append(storage.nbytes())
             self.categories.append("temporaries" if key in self.workspace else None)
-            self.book.append(number)
+            self.events.append(number)
             self.total += self.sizes[number]
             self.peak = max(self.peak, self.total)
         number, _ = self.numbers[key]
@@ -146,7 +147,7 @@ class Ledger(TorchDispatchMode):
 
     def forget(self, key):
         number, _ = self.numbers.pop(key)
-        self.book.append(-1 - number)
+        self.events.append(-1 - number)
         self.total -= self.sizes[number]
 
     def keep(self, first: int = 0):
@@ -174,7 +175,7 @@ class Ledger(TorchDispatchMode):
     def splits(self):
         """After each birth and death: {category: bytes that live}."""
         now = dict.fromkeys(CATEGORIES, 0)
-        for n in self.book:
+        for n in self.events:
             number, sign = (n, 1) if n >= 0 else (-1 - n, -1)
             now[self.categories[number] or "temporaries"] += sign * self.sizes[number]
             yield now
@@ -182,119 +183,12 @@ class Ledger(TorchDispatchMode):
     @property
     def live(self) -> dict:
         """{category: bytes} at this moment."""
-        return {**dict.fromkeys(CATEGORIES, 0), **dict(deque(self.splits(), maxlen=1)[0] if self.book else {})}
+        return {**dict.fromkeys(CATEGORIES, 0), **dict(deque(self.splits(), maxlen=1)[0] if self.events else {})}
 
     @property
     def at_peak(self) -> dict:
         """{category: bytes} at the first moment of the peak."""
         return next((dict(now) for now in self.splits() if sum(now.values()) == self.peak), self.live)
-
-
-# ---------------------------------------------------------------------------------------------- before the run
-
-class Hollow(TorchDispatchMode):
-    """Tensors without numbers: the training step runs, is followed by the Ledger, and computes nothing.
-
-        with Hollow():
-            w = hollow((4096, 4096), torch.bfloat16)      # a storage of 33.6 MB, and no memory
-            y = x @ w.t()                                 # so is y: shape, type, strides; 10 microseconds
-
-    This is how a peak is predicted: the *same code* runs, model, loss, checkpointing, autograd, optimizer, so what holds a
-    tensor in the real step holds it here, and what is counted is counted by the same Ledger. There is no formula to be
-    fitted. An operator with a hollow tensor among its inputs gives hollow outputs; which shape and strides these have,
-    PyTorch knows by itself: that is what its "meta" device computes. A view of a hollow tensor is a real view. What is
-    written into a tensor is not. An operator on real tensors only (token ids, masks, positions) does what it always does,
-    but does not make anything large: a factory's tensor of more than 1 MB is hollow. A number that the program wants to see
-    (`loss.item()`) is 1, and every question is answered with yes (all gradients are finite).
-
-    A hollow tensor outside the mode is an error where PyTorch asks ("unallocated storage") and the end of the process where
-    it does not; so nothing made in here may be kept in a cache that outlives it. The meta device imports PyTorch's compiler
-    (72 MB, 2 seconds): a process of its own is a good place.
-    """
-
-    @classmethod
-    def _should_skip_dynamo(cls):
-        return False
-
-    def __init__(self):
-        super().__init__()
-        self.known = {}  # results by operator and inputs: every layer after the first asks the same questions
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = tensors_in((args, *kwargs.values()))
-        from_nothing = any(is_hollow(t) for t in given)
-        if not from_nothing and func not in FACTORIES or func.is_view or func is torch.ops.aten._unsafe_view.default:
-            return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default:  # .item(), bool(), int()
-            return torch.ones((), dtype=args[0].dtype).item()
-        if func._schema.is_mutable:
-            return written(func._schema, args, kwargs)
-        key = (func, described(args), described(tuple(kwargs.items())))
-        if key not in self.known:
-            self.known[key] = func(*each(on_meta, args), **{k: each(on_meta, v) for k, v in kwargs.items()})
-        out = self.known[key]
-        if not from_nothing and out.nbytes <= 2**20:
-            return func(*args, **kwargs).zero_()  # rather than what an `empty` one finds, which may be no number
-        device = kwargs.get("device") or (given[0].device if given else "cpu")
-        return each(lambda t: hollow(t.shape, t.dtype, t.stride(), device) if isinstance(t, torch.Tensor) else t, out)
-
-
-FACTORIES = {torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default}
-HOLLOW: dict[int, weakref.ref] = {}  # addresses of the storages without memory
-
-
-class Wrapper(torch.Tensor):
-    """PyTorch's way to a tensor with a size and no memory. Only an alias of it, a plain tensor, gets out of hollow()."""
-
-    @staticmethod
-    def __torch_dispatch__(func, types, args=(), kwargs=None):
-        raise AssertionError(func)
-
-
-def hollow(shape, dtype, stride=None, device="cpu") -> torch.Tensor:
-    """A tensor whose storage has its full size and no memory, for use inside Hollow. device: "cpu" or "meta"."""
-    if torch.device(device).type == "meta":
-        return torch.empty(shape, dtype=dtype, device="meta") if stride is None else \
-            torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-    stride = torch.empty(shape, device="meta").stride() if stride is None else stride
-    size = 0 if 0 in shape else (1 + sum((n - 1) * s for n, s in zip(shape, stride))) * dtype.itemsize
-    t = torch.Tensor._make_wrapper_subclass(Wrapper, shape, strides=stride, dtype=dtype, device=device, storage_size=size)
-    with torch._C._DisableTorchDispatch(), torch._C._AutoDispatchBelowAutograd():
-        t = torch.ops.aten.alias.default(t)
-    storage = t.untyped_storage()
-    key = storage._cdata
-    HOLLOW[key] = weakref.ref(storage, lambda _: HOLLOW.pop(key))
-    return t
-
-
-def each(f, x):
-    """f of x, or of what the lists in it hold."""
-    return type(x)(each(f, y) for y in x) if type(x) in (list, tuple) else f(x)
-
-
-def described(x):
-    if isinstance(x, torch.Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
-    return tuple([described(y) for y in x]) if isinstance(x, (list, tuple)) else (type(x), x)  # (1 and 1.0 are equal keys)
-
-
-def on_meta(x):
-    if isinstance(x, torch.Tensor):
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-    return torch.device("meta") if isinstance(x, torch.device) else x
-
-
-def is_hollow(t: torch.Tensor) -> bool:
-    return t.device.type == "meta" or t.untyped_storage()._cdata in HOLLOW
-
-
-def written(schema, args, kwargs):
-    """What an operator that writes into its inputs returns: those inputs."""
-    by_name = {a.name: args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(schema.arguments)}
-    found = [next(by_name[a.name] for a in schema.arguments
-                  if a.alias_info and a.alias_info.before_set == r.alias_info.before_set) for r in schema.returns]
-    return found[0] if len(found) == 1 else tuple(found) or None
 
 
 # ---------------------------------------------------------------------------------------------- other meanings
@@ -324,13 +218,3 @@ def human(n: int | None) -> str:
         if n >= size:
             return f"{n / size:,.2f} {unit}"
     return f"{n} B"
-
-
-if __name__ == "__main__":
-    from ledger import fit  # which imports this file, under its own name
-    try:
-        fit.main()
-    except fit.UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)

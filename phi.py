@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from techniques.attention import attend
-from techniques.recompute import checkpoint
+from techniques.recompute import recompute
 
 # config.json keys that do not change what the model computes when it runs or is fine-tuned.
 HARMLESS = set("""architectures auto_map model_type transformers_version torch_dtype dtype bos_token_id eos_token_id
@@ -181,9 +181,10 @@ class Decoder(nn.Module):
 
 
 class Phi(nn.Module):
-    """Phi-1, 1.5 and 2. See the design's "model's face": Config, hidden, head, forward, ckpt_every, ckpt_offload."""
+    """Phi-1, 1.5 and 2. files/weights.py lists what every family offers, under "Adding a model family"."""
 
     prefix = ""  # the names below are the checkpoint's, whole
+    head_name = "lm_head"
     default_targets = ("q_proj", "v_proj")
 
     def __init__(self, config: Config):
@@ -219,7 +220,7 @@ class Phi(nn.Module):
         x = self.model.embed_tokens(ids)  # (B, T, C)
         for i, block in enumerate(self.model.layers):
             if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, segments, cache, offload=self.ckpt_offload)  # keep x, not the rest
+                x = recompute(block, x, cos, sin, segments, cache, offload=self.ckpt_offload)  # keep x, not the rest
             else:
                 x = block(x, cos, sin, segments, cache)
         return self.model.final_layernorm(x)

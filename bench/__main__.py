@@ -1,21 +1,21 @@
 """The tables and pictures of the README: real training steps, each configuration in a process of its own.
 
-    python bench.py ladder --model gpt2                        docs/bench/ladder-gpt2.md, .json, .png
-    python bench.py ladder --model gpt2 -- --max-length 256    what follows -- goes to train.py in every row
-    python bench.py predict --model gpt2,smollm2-135m --resume go on after an interrupt
+    python -m bench ladder --model gpt2                        docs/bench/ladder-gpt2.md, .json, .png
+    python -m bench ladder --model gpt2 -- --max-length 256    what follows -- goes to train.py in every row
+    python -m bench predict --model gpt2,smollm2-135m --resume continue after an interrupt
 
     ladder      one technique more in each row, from full fine-tuning to LoRA over 4-bit weights with paged 8-bit AdamW
     grid        8 examples a step, as 1 x 8, 2 x 4, 4 x 2 and 8 x 1 (examples a micro-batch x micro-batches)
-    techniques  --full, and what checkpointing, accumulation, 8-bit AdamW, an optimizer on the CPU change, alone and together
+    techniques  --full, and what recomputation, accumulation, 8-bit AdamW, an optimizer on the CPU change, alone and together
     predict     predicted against measured peak over many combinations of options and several models
-    peers       the same job here and in transformers + PEFT (+ bitsandbytes), see peer.py
+    peers       the same job here and in transformers + PEFT (+ bitsandbytes), see transformers_peft.py
     scaling     peak and time a step against sequence length, batch and layers, and the fitted laws
 
 A row is one command, `python train.py --model M OPTIONS --steps N --samples 0`, run --repeat times. The rows take turns: all
-of them once, then all of them again, because a shared machine can be 40 % faster in one minute than in the next. A speed is
-the median over the repetitions, a ratio of speeds the median of the ratios within each repetition. The peak of live tensor
-bytes is exact, so it has to be the same every time; the table says so where it is not. tables.py and plots.py make the
-tables and the pictures from the numbers.
+of them once, then all of them again. A shared machine can be 40 % faster in one minute than in the next, and so every row
+meets both minutes. A speed is the median over the repetitions; a ratio of speeds is the median of the ratios within each
+repetition. The peak of live tensor bytes is exact. So it must be the same in every repetition, and the table says where it
+is not. tables.py and plots.py make the tables and the pictures from the numbers.
 """
 import argparse
 import datetime
@@ -36,14 +36,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import plots
-from run import record
-from bench import tables
-from files import weights
+from bench import plots, tables
 from errors import UserError
+from files import weights
 from files.hub import ASSETS
+from run import record
+from techniques.device import usable_device
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 PEER_VERSIONS = ("transformers", "peft", "bitsandbytes")
 
 # ------------------------------------------------------------------------------------------------------ the rows
@@ -105,7 +105,7 @@ def peers_rows(model: str, args) -> list[dict]:
     rows = []
     for job, options in {"16 bit": "--amp", "8 bit": "--amp --bits 8", "4 bit": "--amp --bits 4"}.items():
         rows += [{"name": f"{job}, here", "model": model, "options": f"{options} {ours}"},
-                 {"name": f"{job}, peer", "model": model, "options": f"{options} {theirs}", "program": "peer.py"}]
+                 {"name": f"{job}, peer", "model": model, "options": f"{options} {theirs}", "program": tables.PEER}]
     return rows
 
 
@@ -137,27 +137,41 @@ class RunFailed(Exception):
 
 
 def run_one(row: dict, settings: dict) -> dict:
-    """One row's process, from the start to its summary.json (peer.py: its last line). Raises RunFailed."""
+    """One row's process, from its start to its summary.json (the peer: its last line). Raises RunFailed."""
     with tempfile.TemporaryDirectory(prefix="bench-") as tmp:
         program, model = row.get("program", "train.py"), row["model"]
-        data = ["--data", settings["data"]] if settings["data"] else []
+        data = ["--data", absolute(settings["data"])] if settings["data"] else []
         if "sizes" in row:
             model, data = other_depth(model, row["sizes"]["layers"], Path(tmp)), long_text(row["sizes"], settings, Path(tmp))
-        command = [sys.executable, str(ROOT / program), "--model", model, *row["options"].split(), *data,
-                   "--steps", str(settings["steps"])] + ["--device", settings["device"]] * bool(settings["device"])
-        if program == "train.py":
-            command += ["--samples", "0", *settings["extra"], "--out", f"{tmp}/run"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        options = ["--model", absolute(model), *row["options"].split(), *data, "--steps", str(settings["steps"]),
+                   *["--device", settings["device"]] * bool(settings["device"])]
+        if program == tables.PEER:
+            start, where = ["-m", f"bench.{program}"], ROOT
+        else:
+            start, where = [str(ROOT / program)], None
+            options += ["--samples", "0", *settings["extra"], "--out", f"{tmp}/run"]
+        done = subprocess.run([sys.executable, *start, *options], cwd=where, capture_output=True, text=True)
         if done.returncode:
             lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
             killed = f"killed by signal {-done.returncode} (9: out of memory?) " if done.returncode < 0 else ""
             raise RunFailed(killed + (lines[-1] if lines else f"exit status {done.returncode}"))
-        if program == "peer.py":
+        if program == tables.PEER:
             return {**json.loads(done.stdout.splitlines()[-1]), "commit": commit()}
         summary = weights.read_json(Path(tmp) / "run" / "summary.json")
         steps = [x["step_s"] for x in record.read_log(Path(tmp) / "run") if "step_s" in x][2:]  # warm-up, ledger
         examples = int(re.search(r"training: ([\d,]+) examples", done.stdout)[1].replace(",", ""))
         return {**summary, "step_s": statistics.median(steps) if steps else None, "examples": examples, "commit": commit()}
+
+
+def absolute(path: str) -> str:
+    """As the processes need it, which may run in another folder; the name of a model stays as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def without_paths(words: list[str]) -> list[str]:
+    """A command as it is shown: of a model's folder or a data file only the name, whatever machine it was typed on."""
+    return [",".join(Path(part).name if os.sep in part and Path(part).exists() else part for part in word.split(","))
+            for word in words]
 
 
 def other_depth(model: str, layers: int, tmp: Path) -> str:
@@ -216,12 +230,12 @@ def commit() -> str | None:
     return head.stdout.strip() + (" + changes" if git("diff", "--quiet", "HEAD", "--", "*.py").returncode else "")
 
 
-def about(name: str, device: str | None) -> dict:
+def machine_and_versions(name: str, device: str | None) -> dict:
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file() and (model := re.search(r"model name\s*: (.*)", info.read_text())):
         cpu = model[1]
     machine = f"{cpu}, {os.cpu_count()} cores, PyTorch on {torch.get_num_threads()}"
-    if (where := torch.device(weights.usable_device(device))).type == "cuda":
+    if (where := torch.device(usable_device(device))).type == "cuda":
         machine = f"{torch.cuda.get_device_name(where)}; {machine}"
     versions = {"Python": platform.python_version(), "torch": torch.__version__}
     for package in PEER_VERSIONS if name == "peers" else ():
@@ -267,8 +281,8 @@ def run_bench(name: str, models: list[str], args, extra: list[str], command: str
             for r in earlier(path, settings, args.resume)}
     for r in rows:
         r["runs"] = kept.get(json.dumps({k: v for k, v in r.items() if k != "runs"}), [])
-    doc = {"bench": name, "command": command, "settings": settings, "about": about(name, args.device), "finished": False,
-           "rows": rows}
+    doc = {"bench": name, "command": command, "settings": settings, "about": machine_and_versions(name, args.device),
+           "finished": False, "rows": rows}
     bar = tqdm(total=len(rows) * settings["repeat"], initial=n_runs(rows), unit="run", desc=name,
                disable=not sys.stderr.isatty())
     try:
@@ -310,7 +324,7 @@ def main(argv: list[str] | None = None) -> bool:
     cut = argv.index("--") if "--" in argv else len(argv)
     argv, extra = argv[:cut], argv[cut + 1:]
     p = argparse.ArgumentParser(
-        prog="bench.py", usage="bench.py NAME [options] [-- OPTIONS OF TRAIN.PY]",
+        prog="python -m bench", usage="python -m bench NAME [options] [-- OPTIONS OF TRAIN.PY]",
         description="The README's tables and pictures.",
         epilog="Finished runs are kept in DIR/NAME-MODEL.json. --resume uses those of the same rows, model, data, steps, "
                "repetitions and train.py options (whatever the commit) and tries failed rows again. Without it, an "
@@ -324,7 +338,8 @@ def main(argv: list[str] | None = None) -> bool:
     p.add_argument("--repeat", type=int, metavar="N", help="runs a row (default: "
                    + ", ".join(f"{name} {b.repeat}" for name, b in BENCHES.items()) + ")")
     p.add_argument("--device", metavar="X", help="as train.py's")
-    p.add_argument("--out", default="docs/bench", metavar="DIR", help="folder of the tables (default: %(default)s)")
+    p.add_argument("--out", default=str(ROOT / "docs" / "bench"), metavar="DIR",
+                   help="folder of the tables (default: docs/bench, beside this program)")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted bench")
     args = p.parse_args(argv)
     for option in ("steps", "repeat"):
@@ -332,13 +347,14 @@ def main(argv: list[str] | None = None) -> bool:
             raise UserError(f"--{option} {value}: must be at least 1")
     own = {"--model", "--data", "--steps", "--device", "--out", "--samples", "--resume"}
     if taken := own & {x.split("=")[0] for x in extra}:
-        raise UserError(f"{min(taken)} belongs before the --, or is bench.py's own")
+        raise UserError(f"{min(taken)} belongs before the --, or is the bench's own")
     if extra and args.name == "peers":
         raise UserError("peers takes no options of train.py: the job must be the same on both sides")
     models = [m for given in args.model or ["gpt2-nano"] for m in given.split(",") if m]
     for m in models:
         weights.find(m)  # a wrong name is one line here and not one in every row
-    command = shlex.join(["python", "bench.py", *(x for x in argv if x != "--resume"), *(["--", *extra] if extra else [])])
+    typed = [x for x in argv if x != "--resume"] + (["--", *extra] if extra else [])
+    command = shlex.join(["python", "-m", "bench", *without_paths(typed)])
     groups = [models] if args.name == "predict" else [[m] for m in models]
     ran = [run_bench(args.name, group, args, extra, command) for group in groups]
     return all(ran)

@@ -1,4 +1,4 @@
-"""bench.py's pictures. Every one must be readable in black and white: hatches and greys beside colour, values on the bars.
+"""The bench's pictures. Every one must be readable in black and white: hatches and greys beside colour, values on the bars.
 
 The colours are Okabe and Ito's (2008), which colour-blind readers tell apart, in an order whose greys alternate.
 """
@@ -100,9 +100,9 @@ def grid(title: str, rows: list[dict], command: str, path):
 
 def peers(title: str, rows: list[dict], command: str, path):
     """Two panels, a pair of bars for each precision: examples a second, memory (peak allocated where that was measured)."""
-    on_gpu = any(r["program"] == "peer.py" and tables.peak(r) for r in rows) and all(tables.peak(r) for r in rows)
+    on_gpu = any(r["program"] == tables.PEER and tables.peak(r) for r in rows) and all(tables.peak(r) for r in rows)
     fig, axs = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    names, kinds = [r["name"].split(",")[0] for r in rows], [int(r["program"] == "peer.py") for r in rows]
+    names, kinds = [r["name"].split(",")[0] for r in rows], [int(r["program"] == tables.PEER) for r in rows]
     bars(axs[0], names, [r["median"]["examples_per_s"] for r in rows], "examples/s", kinds)
     bars(axs[1], names, [(tables.peak(r) if on_gpu else r["median"]["memory"]["rss_peak"]) / 1e6 for r in rows],
          "peak allocated, MB" if on_gpu else "peak RSS, MB", kinds)

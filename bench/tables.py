@@ -1,4 +1,4 @@
-"""What bench.py's numbers become: medians, ratios pair by pair, fitted laws, and the Markdown tables.
+"""What the bench's numbers become: medians, ratios pair by pair, fitted laws, and the Markdown tables.
 
 A table is a list of (title, function from a row to its cell), and notes below it that are made from the numbers. A row is
 {"name", "model", "program", "options", "runs": [what summary.json holds, ...], "median": the same, of medians}; one that
@@ -9,6 +9,8 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+
+PEER = "transformers_peft"  # the program of a row that is the same job in transformers + PEFT
 
 
 def median(runs: list):
@@ -135,8 +137,9 @@ def predict(rows, good):
 
 
 def peers(rows, good):
-    notes = ["Every second row is the same job in transformers + PEFT (peer.py); ratios are here / peer, the median over "
-             "the pairs of neighbouring runs. Examples/s leave out the first step (peer) or the first two (here). "
+    notes = ["Every second row is the same job in transformers + PEFT (bench/transformers_peft.py); ratios are here / peer, "
+             "the median over the pairs of neighbouring runs. Examples/s leave out the first step (peer) or the first two "
+             "(here). "
              "16 bit is bfloat16 autocast: over 16-bit weights here, over float32 weights in the peer, as its documentation "
              "has it."]
     for ours, theirs in zip(rows[::2], rows[1::2]):
@@ -148,7 +151,7 @@ def peers(rows, good):
                 f"peak RSS")
         on_gpu = peak(theirs) and f", {number(ratio(ours, theirs, 'memory', 'measured_peak'))} of the peak allocated"
         notes.append(note + (on_gpu or "") + ".")
-    gpu = any(r["program"] == "peer.py" and peak(r) for r in good)
+    gpu = any(r["program"] == PEER and peak(r) for r in good)
     allocated = [("peak allocated, MB", MEASURED[1])] if gpu else []
     return [NAME, ("examples/s", lambda r: number(r["median"]["examples_per_s"])), RSS, *allocated, LOSS, TRAINABLE], notes
 

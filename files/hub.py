@@ -20,12 +20,9 @@ import contextlib
 import json
 from pathlib import Path
 
+from errors import UserError
 
-class UserError(Exception):
-    """Something that the person at the keyboard can mend. Entry points print it as one line, without a traceback."""
-
-
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 # ---------------------------------------------------------------------------------------------- short names

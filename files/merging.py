@@ -1,22 +1,21 @@
 """Merging: W + s (B A - B0 A0), a plain model folder again, which needs no adapter and runs as fast as before.
 
-W is the weight *as the checkpoint has it*, whatever bits the adapter was trained over. To merge into the 4-bit codes would
-mean to round again, and the step between two codes, a tenth of the weight, is larger than what an adapter adds: the
-answers change (peft#2321). To merge into W takes the rounding error out of the model, which the adapter may have learned to
-live with: the answers change too, but towards the full model. How much, the command measures and says.
+W is the weight *as the checkpoint stores it*, whatever bits the adapter was trained over.
 
-B0 A0 is where the adapter started (lorainit.py). pissa: the base was W - s B0 A0, so this is what was trained, but for the
-rounding. loftq: the base was Q, and Q + s B0 A0 ~ W: the start stands for a rounding error that W has not. Otherwise 0.
+* Merging into 4-bit codes would round again. The step between two codes is a tenth of the weight, which is more than an
+  adapter adds: the answers would change (peft#2321).
+* Merging into W removes the rounding error, which the adapter may have learned to correct. The answers change too, but
+  towards the full model. `compare` measures how much.
 
-Nothing is ever there as a whole. Tensors are read, added to and written a shard of 2 GB at a time, and the two models that
-are compared run layer by layer: a layer's weights are read when its turn comes, and dropped. In float32 LLaMA-7B's are 0.81
-GB, and the model 27.
+B0 A0 is where the adapter started (techniques/lora_init.py), 0 for most. pissa: the base was W - s B0 A0, so the sum is the
+model that was trained, up to rounding. loftq: the base was Q(W), and Q(W) + s B0 A0 is close to W: the start stands for a
+rounding error that W does not have.
 
-Usage: python lora.py merge --model M --adapter DIR --out DIR [--dtype float32]
+The model never exists as a whole. Tensors are read, added to and written in shards of 2 GB. The two models that are
+compared run layer by layer: a layer's weights are read when its turn comes, and dropped after it. LLaMA-7B in float32: 0.81
+GB a layer, 27 GB for the model.
 """
-import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,58 +23,58 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import data
-import lora
+from files import peft_files, weights
 from techniques import quant
-from files import weights
+from techniques.device import device_of
 
 SHARD = 2 * 10**9  # bytes
-TEXT = ("The three primary colours are red, yellow and blue. In 1969 two people walked on the Moon, while a third waited in "
-        "orbit. To make tea, boil some water, pour it over the leaves and wait for four minutes.")
 
 
 class Merge:
     """An adapter and the checkpoint it was trained on: every weight of the merged model and of the one that was trained."""
 
     def __init__(self, model: str, adapter: str):
-        self.checkpoint = weights.Checkpoint(model)
-        self.model = self.checkpoint.model  # shapes only
-        self.adapters = lora.read(self.model, adapter, device="cpu")
-        self.init, self.bits = lora.trained_with(adapter)
+        self.stored = weights.StoredWeights(model)
+        self.model = self.stored.model  # shapes only
+        self.adapters = peft_files.read(self.model, adapter, device="cpu")
+        self.init, self.bits = peft_files.trained_with(adapter)
         self.low_bit = weights.low_bit_weights(self.model) if self.bits in (8, 4) else ()
-        self.tied_head = self.model.config.tied_head and "lm_head" not in self.adapters  # its delta is not the embedding's
+        # An adapter of the head is no adapter of the embedding: the two are one matrix no longer.
+        self.tied_head = self.model.config.tied_head and self.model.head_name not in self.adapters
         self.shapes = {n: p.shape for n, p in self.model.named_parameters()}
         if not self.tied_head:
-            self.shapes["lm_head.weight"] = self.model.lm_head.weight.shape
+            self.shapes[f"{self.model.head_name}.weight"] = self.model.head.weight.shape
 
     @torch.no_grad()
     def merged(self, name: str) -> torch.Tensor:
-        W, m = self.checkpoint.read(name), self.adapters.get(name.removesuffix(".weight"))
+        """A weight of the merged model, float32."""
+        W, m = self.stored.read(name), self.adapters.get(name.removesuffix(".weight"))
         return W + (m.delta() - m.start_delta()) if m else W
 
     @torch.no_grad()
     def trained(self, name: str) -> torch.Tensor:
-        W, m = self.checkpoint.read(name), self.adapters.get(name.removesuffix(".weight"))
-        if m and self.init == "pissa":
+        """The weight that stood there during training, its adapter added, float32."""
+        W, m = self.stored.read(name), self.adapters.get(name.removesuffix(".weight"))
+        if m and peft_files.STARTS[self.init].joined:
             W = W - m.start_delta()
         if name in self.low_bit:
-            like = self.model.get_submodule(name.removesuffix(".weight"))
-            W = quant.quantize(like, W, self.bits).dequantize()
-            W = W.t() if getattr(like, "fan_in_fan_out", False) else W
+            linear = self.model.get_submodule(name.removesuffix(".weight"))
+            W = quant.quantize(linear, W, self.bits).dequantize()
+            W = W.t() if getattr(linear, "fan_in_fan_out", False) else W
         elif self.bits in (16, 8, 4):
-            W = W.to(weights.half_dtype("cpu")).float()
+            W = W.to(device_of("cpu").half).float()
         return W + m.delta() if m else W
 
 
 def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Names in groups of at most `limit` bytes, in order; a larger tensor has one of its own."""
-    groups, room = [], 0
+    groups, left = [], 0
     for name, size in sizes.items():
-        if size > room:
+        if size > left:
             groups.append([])
-            room = limit
+            left = limit
         groups[-1].append(name)
-        room -= size
+        left -= size
     return groups
 
 
@@ -102,8 +101,10 @@ def write(merge: Merge, folder: Path, dtype: str) -> int:
 
 @torch.no_grad()
 def logits(model: nn.Module, ids: torch.Tensor, weight) -> torch.Tensor:
-    """The logits (T, V) of a model without storage for ids (T,). weight(name) -> float32: asked for when the layer's turn
-    comes, and dropped after it."""
+    """ids (T,) -> the logits (T, V) of a model without storage.
+
+    weight(name) -> a tensor, float32. It is called when the layer's turn comes, and its result is dropped after it.
+    """
     blocks = set(model.blocks)
     inside = {m for b in blocks for m in b.modules()}
     units = {n: m for n, m in model.named_modules() if m in blocks or m._parameters and m not in inside}
@@ -127,11 +128,10 @@ def logits(model: nn.Module, ids: torch.Tensor, weight) -> torch.Tensor:
             h.remove()
 
 
-def compare(merge: Merge, folder: Path) -> str:
-    """The merged model in `folder` against the one that was trained, both in float32 arithmetic, in a sentence."""
-    tokenizer = data.load_tokenizer(str(merge.checkpoint.folder))
-    ids = torch.tensor(data.prompt_ids([(TEXT, False)], "", tokenizer)[:merge.model.config.n_positions])
-    written = weights.Checkpoint(str(folder))
+def compare(merge: Merge, folder: Path, ids: list[int]) -> str:
+    """How far the merged model in `folder` is from the trained one on the text `ids`, in a sentence. Float32 arithmetic."""
+    ids = torch.tensor(ids[:merge.model.config.n_positions])
+    written = weights.StoredWeights(str(folder))
     before = logits(merge.model, ids, merge.trained)
     after = logits(written.model, ids, written.read)
     same = (before.argmax(-1) == after.argmax(-1)).sum().item()
@@ -139,23 +139,3 @@ def compare(merge: Merge, folder: Path) -> str:
             + ("" if merge.bits else ", as far as the adapter says") +
             f") by at most {(before - after).abs().max():.2g} (their standard deviation is {before.std():.2g}); "
             f"the most likely token is the same at {same} of {len(ids)} positions")
-
-
-def main(argv=None):
-    p = argparse.ArgumentParser(prog="lora.py", description="Merge an adapter into its model: a plain Hugging Face folder.")
-    sub = p.add_subparsers(dest="command", required=True)
-    m = sub.add_parser("merge", help="write the merged model")
-    m.add_argument("--model", required=True, help="short name, hub repository or folder of the base model, not quantised")
-    m.add_argument("--adapter", required=True, help="folder with adapter_model.safetensors and adapter_config.json")
-    m.add_argument("--out", required=True, help="folder to write; must not exist")
-    m.add_argument("--dtype", choices=weights.DTYPES, default="float32", help="type of the written weights")
-    a = p.parse_args(argv)
-    with weights.new_folder(a.out) as tmp:
-        merge = Merge(a.model, a.adapter)
-        for f in weights.TOKENIZER_FILES:  # the template and the end token that the adapter was trained with
-            if (Path(a.adapter) / f).is_file():
-                shutil.copyfile(Path(a.adapter) / f, tmp / f)
-        size = write(merge, tmp, a.dtype)
-        weights.save_about(tmp, merge.checkpoint.folder, a.dtype, merge.tied_head)
-        line = compare(merge, tmp)
-    print(f"{a.out}: merged model, {size / 1e6:,.1f} MB in {a.dtype}\n{line}")

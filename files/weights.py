@@ -21,14 +21,35 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import gpt2
-from files import hub
 import llama
-import memory
 import phi
-from techniques import quant
 from errors import UserError
+from files import hub
 from files.hub import find, read_json, weight_files
+from techniques import quant
+from techniques.device import device_of
 
+# Adding a model family
+#
+# 1. One file at the root, from ids to logits, with `Config` and a model class; llama.py is the one to copy. They offer:
+#
+#      Config             a dataclass with the field names of the other families
+#      Config.from_json   config.json's dict -> Config; raises ValueError for any option that the file does not implement
+#      attribute names    the checkpoint's own, so that loading needs no table; `prefix` is what some files put in front
+#      head_name, head    the name of the output projection, and the module
+#      blocks             the list of layers
+#      default_targets    the linear layers that carry an adapter unless --lora-targets says otherwise
+#      tie()              shares the embedding with the head where config.tied_head says so
+#      hidden(ids, positions, segments, cache)   (B, T) -> (B, T, C), up to the final norm. Layer i is recomputed when
+#                         (i + 1) % ckpt_every == 0; ckpt_offload says where its input waits
+#      forward            head(hidden(...)): the logits (B, T, V). No loss, no optimizer, no sampling
+#      parts, fan_in_fan_out   on a linear layer that holds several matrices, or its weight transposed (gpt2.py)
+#
+#    A model file imports techniques only, and no other model file.
+# 2. A line in FAMILIES; the names of the matrices that write into the residual stream in WRITES; its short names and
+#    what counts of their config.json in hub.py.
+# 3. Tests: a tiny config.json in tests/conftest.py, and the family's name in the lists of tests/test_models.py (logits,
+#    cache, packing against transformers), test_lora.py, test_quant.py, test_predict.py.
 FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama),  # by config.json's model_type
             "phi": (phi.Config, phi.Phi)}
 # Checkpoint entries that are not weights: masks and frequencies that old files carry along.
@@ -41,50 +62,37 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 
 # ---------------------------------------------------------------------------------------------- folder -> model
 
+def config_from(raw: dict):
+    """config.json's dict -> (Config, model class). Raises ValueError, KeyError or TypeError."""
+    config_class, model_class = FAMILIES[raw["model_type"]]
+    return config_class.from_json({k: v for k, v in raw.items() if k != "quantization_config"}), model_class
+
+
 def read_config(folder: Path):
     """config.json -> (Config, model class, the raw dict)."""
     path = Path(folder) / "config.json"
     raw = read_json(path)
     if (kind := raw.get("model_type")) not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not supported (only {', '.join(FAMILIES)})")
-    config_class, model_class = FAMILIES[kind]
     try:
-        return config_class.from_json({k: v for k, v in raw.items() if k != "quantization_config"}), model_class, raw
+        return *config_from(raw), raw
     except KeyError as e:
         raise UserError(f"{path}: key {e} is missing") from None
-    except (ValueError, TypeError, ZeroDivisionError) as e:  # of these the last two are values that make no sense
+    except (ValueError, TypeError, ZeroDivisionError) as e:  # the last two: values that make no sense
         raise UserError(f"{path}: {e}") from None
 
 
 def config_of(name: str):
-    """(Config, model class, the raw dict) of a model whose weights need not be on this machine; no network is asked.
+    """(Config, model class, the raw dict) of a model whose weights need not be on this machine. No network is used.
 
-    What is on disk goes before what hub.py knows of the short names. Raises UserError where there is neither.
+    What is on disk comes before what hub.py knows of the short names. Raises UserError where there is neither.
     """
     if path := hub.config_file(str(name)):
         return read_config(path.parent)
     if not (raw := hub.known_config(str(name))):
         raise UserError(f"{name} is not on this machine. Its config.json alone would do, without the weights: give a folder "
                         f"that has it, or one of the short names ({', '.join(['gpt2-nano', *hub.SHORT_NAMES])})")
-    config_class, model_class = FAMILIES[raw["model_type"]]
-    return config_class.from_json(raw), model_class, raw
-
-
-def half_dtype(device) -> torch.dtype:
-    """The 16-bit type that `device` multiplies natively. Older cards *emulate* bfloat16, correct and very slow."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
-
-
-def usable_device(name: str | None) -> str:
-    """`name`, once a tensor has been put there; the default is cuda where there is one, else cpu."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    return name
+    return *config_from(raw), raw
 
 
 class NoInit(TorchFunctionMode):
@@ -94,6 +102,12 @@ class NoInit(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) != "torch.nn.init":
             return func(*args, **(kwargs or {}))
+
+
+def without_storage(model_class, config) -> nn.Module:
+    """The model with its shapes on the "meta" device: no storage, no random start."""
+    with torch.device("meta"), NoInit():
+        return model_class(config)
 
 
 def stored_bits(folder: Path) -> int | None:
@@ -127,18 +141,17 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     stored = stored_bits(folder)
     if stored not in (None, bits):
         raise UserError(f"--bits {bits}: the weights in {folder} are stored in {stored} bit, load them with --bits {stored}")
-    with torch.device("meta"), NoInit():
-        model = model_class(config)  # shapes, no storage
-    dtype = torch.float32 if bits == 32 else half_dtype(device)
+    model = without_storage(model_class, config)
+    dtype = torch.float32 if bits == 32 else device_of(device).half
     low_bit = low_bit_weights(model)
     files = {key: path for path in weight_files(folder) for key in tensor_names(path)}
-    head, used = None, set()
+    head, head_weight, used = None, f"{model.head_name}.weight", set()
     for n, (path, key, shape) in places(model, folder, files, stored).items():
         tensor = read_tensor(path, key)
         coded = stored and n in low_bit and not tensor.is_floating_point()
         if not coded:
             check_tensor(tensor, path, key, shape)
-        if n == "lm_head.weight" and config.tied_head:  # some files store the tied matrix twice; it must be the same one
+        if n == head_weight and config.tied_head:  # some files store the tied matrix twice; it must be the same one
             head = tensor.to(device, dtype)
         elif coded or bits < 16 and not stored and n in low_bit:
             owner, _, leaf = n.removesuffix(".weight").rpartition(".")
@@ -161,37 +174,16 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     if extra := [k for k in files if stored and quant.belongs_to(k) in files and k not in used]:
         raise UserError(f"{files[extra[0]]}: unexpected tensor {extra[0]}: its weight is not quantised")
     model.tie()
-    if head is not None and not torch.equal(head, model.lm_head.weight):
-        raise UserError(f"{folder}: lm_head.weight differs from the embedding, but config.json ties them; "
+    if head is not None and not torch.equal(head, model.head.weight):
+        raise UserError(f"{folder}: {head_weight} differs from the embedding, but config.json ties them; "
                         f"set \"tie_word_embeddings\": false in it")
     model.source, model.bits = str(name), bits  # an adapter's files record them
     return model
 
 
-def hollow(config, model_class, bits: int) -> nn.Module:
-    """The model that load() makes, without a file and without memory: to be used inside memory.Hollow."""
-    with torch.device("meta"), NoInit():
-        model = model_class(config)
-    low_bit, made = low_bit_weights(model) if bits < 16 else (), {}
-    for n, p in list(model.named_parameters()):
-        if n in low_bit:
-            owner, _, leaf = n.removesuffix(".weight").rpartition(".")
-            like = model.get_submodule(owner).get_submodule(leaf)
-            if p.shape not in made:
-                made[p.shape] = quant.quantize(like, memory.hollow(p.shape, torch.float32), bits)
-            twin = made[p.shape]
-            layer = type(twin)(like, twin.weight.clone(), *(scale.clone() for scale in twin.buffers()))
-            setattr(model.get_submodule(owner), leaf, layer)
-        else:
-            set_parameter(model, n, memory.hollow(p.shape, torch.float32 if bits == 32 else torch.bfloat16))
-    model.tie()
-    model.bits = bits
-    return model
-
-
 def low_bit_weights(model: nn.Module) -> set[str]:
     """What 8 and 4 bits are for: the weights of all linear layers but the head."""
-    return {f"{n}.weight" for n, m in model.named_modules() if hasattr(m, "in_features") and n != "lm_head"}
+    return {f"{n}.weight" for n, m in model.named_modules() if hasattr(m, "in_features") and n != model.head_name}
 
 
 def places(model: nn.Module, folder: Path, files: dict, stored: int | None) -> dict[str, tuple[Path, str, torch.Size]]:
@@ -205,10 +197,10 @@ def places(model: nn.Module, folder: Path, files: dict, stored: int | None) -> d
         if key.endswith(NOT_WEIGHTS) or stored and quant.belongs_to(key) in files:
             continue
         n = key.removeprefix(model.prefix)
-        tied_head = n == "lm_head.weight" and model.config.tied_head
+        tied_head = n == f"{model.head_name}.weight" and model.config.tied_head
         if n not in expected and not tied_head:
             raise UserError(f"{path}: unexpected tensor {key}, which {folder / 'config.json'} has no place for")
-        where[n] = path, key, model.lm_head.weight.shape if tied_head else expected[n]
+        where[n] = path, key, model.head.weight.shape if tied_head else expected[n]
     if missing := [n for n in expected if n not in where]:
         raise UserError(f"{folder}: tensor {missing[0]} of shape {list(expected[missing[0]])} is missing"
                         + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
@@ -222,7 +214,7 @@ def check_tensor(tensor: torch.Tensor, path: Path, key: str, shape: torch.Size):
         raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; quantised how? config.json does not say")
 
 
-class Checkpoint:
+class StoredWeights:
     """A model's weights as they were before any rounding to fewer bits, read one at a time and not kept.
 
     `model` has their shapes and no storage. Raises UserError for a checkpoint that is quantised: they are not in it.
@@ -234,16 +226,15 @@ class Checkpoint:
         if stored := stored_bits(self.folder):
             raise UserError(f"{self.folder} holds its weights in {stored} bit only, and this needs them in full precision; "
                             f"give the model that it was made from")
-        with torch.device("meta"), NoInit():
-            self.model = model_class(config)
+        self.model = without_storage(model_class, config)
         files = {key: path for path in weight_files(self.folder) for key in tensor_names(path)}
         self.places = places(self.model, self.folder, files, None)
-        head = self.model.lm_head.weight
+        head = self.model.head.weight
         self.head = next(n for n, p in self.model.named_parameters() if p is head)  # the embedding, if they are tied
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter by its name in the model, float32, laid out as in the file (Conv1D's transposed)."""
-        path, key, shape = self.places[self.head if name == "lm_head.weight" else name]
+        path, key, shape = self.places[self.head if name == f"{self.model.head_name}.weight" else name]
         tensor = read_tensor(path, key)
         check_tensor(tensor, path, key, shape)
         return tensor.float()
@@ -283,8 +274,7 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
     2 n_layer such writes keeps its size; norm weights 1, biases 0.
     """
     config, model_class, _ = read_config(find(str(name)))
-    with torch.device("meta"), NoInit():
-        model = model_class(config)
+    model = without_storage(model_class, config)
     rng = torch.Generator().manual_seed(seed)
     for n, p in list(model.named_parameters()):
         t = torch.zeros(p.shape)
@@ -330,7 +320,7 @@ def write_tensors(path, tensors: dict, metadata: dict | None = None):
 
 def checkpoint_name(model: nn.Module, name: str) -> str:
     """A module's name as Hugging Face files and PEFT adapters spell it: GPT-2's carry `transformer.` in front."""
-    return name if name.startswith("lm_head") else model.prefix + name
+    return name if name.startswith(model.head_name) else model.prefix + name
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,17 +1,17 @@
 """What a card needs for tensors: PyTorch's caching allocator, in its outlines, fed with the ledger's births and deaths.
 
 `max_memory_allocated` is more than the sum of the tensors, and what the card must have, `max_memory_reserved`, is more.
-CUDA's own malloc is slow, so PyTorch takes segments from it and cuts them into blocks (c10/cuda/CUDACachingAllocator.cpp):
+CUDA's own malloc is slow, so PyTorch takes large slabs from it ("segments" in PyTorch) and cuts them into blocks (c10/cuda/CUDACachingAllocator.cpp):
 
-    a request     is rounded up to 512 bytes; up to 1 MiB it is "small", and small and large blocks never share a segment
+    a request     is rounded up to 512 bytes; up to 1 MiB it is "small", and small and large blocks never share a slab
     a free block  serves it if it is large enough: the smallest such one
-    otherwise     a new segment: 2 MiB for small ones, 20 MiB below 10 MiB, else the request rounded up to 2 MiB
+    otherwise     a new slab: 2 MiB for small ones, 20 MiB below 10 MiB, else the request rounded up to 2 MiB
     the rest      of the block stays free, if it is worth it: 512 bytes of a small one, more than 1 MiB of a large one
                   (else the whole block counts as allocated: up to 1 MiB a tensor that nobody asked for)
-    a dead block  joins its free neighbours in the segment; segments are not given back
+    a dead block  joins its free neighbours in the slab; slabs are not given back
 
-Worked example: 3 tensors of 7 MiB. The first takes a segment of 20 MiB and leaves 13, the second leaves 6; the third needs a
-segment of its own. Allocated 21 MiB, reserved 40. What is reserved and not allocated is fragmentation.
+Worked example: 3 tensors of 7 MiB. The first takes a slab of 20 MiB and leaves 13, the second leaves 6; the third needs a
+slab of its own. Allocated 21 MiB, reserved 40. What is reserved and not allocated is fragmentation.
 """
 from bisect import bisect_left, insort
 
@@ -71,10 +71,10 @@ class CachingAllocator:
         insort(self.pools[small], (block.size, self.age, block))
 
 
-def replay(book: list[int], sizes: list[int]) -> CachingAllocator:
-    """A Ledger's book and sizes, through the allocator."""
+def replay(events: list[int], sizes: list[int]) -> CachingAllocator:
+    """A Ledger's events and sizes, through the allocator."""
     cache, blocks = CachingAllocator(), {}
-    for n in book:
+    for n in events:
         if n >= 0 and sizes[n]:  # an empty tensor takes nothing
             blocks[n] = cache.allocate(sizes[n])
         elif -1 - n in blocks:

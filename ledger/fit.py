@@ -1,34 +1,35 @@
-"""What fits on a card: `python memory.py --model llama-2-7b --fit 8GB --max-length 1024`.
+"""What fits into a GPU's memory: `python train.py --model llama-2-7b --fit 8GB --max-length 1024`.
 
-Every rung of the ladder is one technique more, in the order of what it costs in time, and each is predicted (predict.py) by
-running the training step on tensors without memory. Down until it fits; then back up: what a later rung has made superfluous
-is taken off again, the dearest first. So with 4-bit weights nothing may need to be recomputed any more.
+The options that save memory are added one after the other, in the order of what they cost in time, until the run fits. Each
+configuration is predicted (ask.py). Once a later option makes an earlier one unnecessary, the earlier one is removed again,
+starting with the one that costs the most time. So with 4-bit weights, for example, nothing may need to be recomputed.
 
     --amp                    faster, if anything
-    fewer examples at once   --batch-size 4 --grad-accum 2 instead of 8: the same steps; a card has less to do at a time
+    fewer examples at once   --batch-size 4 --grad-accum 2 instead of 8: the same steps, but a GPU has less to do at a time
     --ckpt-every 2, then 1   a sixth, then a third of the time
-    --ckpt-offload           the bus
-    --bits 8, then 4         dequantising; a little exactness        (with --full: the optimizer's states in 8 bits, paged,
-                                                                      or all but 16-bit weights on the CPU)
+    --ckpt-offload           copies over the bus
+    --bits 8, then 4         dequantising; a little exactness
+    --optimizer              8-bit states, then paged ones; with --full also offload_adamw
+
+Options on the command line are a wish to start from: what is set there stays.
 """
-import argparse
 import dataclasses
 import re
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
 import memory
-from run import options
-from ledger import predict
-import train
 from errors import UserError
+from ledger import ask
+from run import options
 
-CONTEXT = 500_000_000  # what CUDA itself takes of a card: 300 to 600 MB
+CONTEXT = 500_000_000  # bytes of a GPU's memory that CUDA itself takes: 300 to 600 MB
 
 
 def parse_size(text: str) -> int:
-    """"8GB", "7.5 GiB", "24000MB" -> bytes. GB are decimal (a card sold as 8 GB has 8 GiB, 8.6 GB). Raises UserError."""
+    """"8GB", "7.5 GiB", "24000MB" -> bytes. GB are decimal (a GPU sold as 8 GB has 8 GiB, 8.6 GB). Raises UserError."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     m = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text, re.IGNORECASE)
     if not m or m[2].upper() not in units or not float(m[1]):
@@ -36,30 +37,30 @@ def parse_size(text: str) -> int:
     return int(float(m[1]) * units[m[2].upper()])
 
 
-def rungs(cfg: options.TrainConfig) -> list[dict]:
-    """The options that each rung sets. One that the command line has set already is left as it is."""
-    default, found = options.TrainConfig(), []
+def savings(cfg: options.TrainConfig) -> list[dict]:
+    """What is tried, in order: each time the options to set. One that the command line has set is left as it is."""
+    default, steps = options.TrainConfig(), []
 
-    def rung(**toggles):
+    def saving(**toggles):
         if all(getattr(cfg, k) in (getattr(default, k), v) for k, v in toggles.items()):
-            found.append(toggles)
+            steps.append(toggles)
 
-    rung(amp=True)
+    saving(amp=True)
     examples, size = cfg.batch_size * cfg.grad_accum, cfg.batch_size
     while size > 1 and cfg.grad_accum == 1:
         size //= 2
         if examples % size == 0:
-            found.append({"batch_size": size, "grad_accum": examples // size})
+            steps.append({"batch_size": size, "grad_accum": examples // size})
     if cfg.ckpt_every in (0, 2):
-        found += [{"ckpt_every": 2}, {"ckpt_every": 1}]
+        steps += [{"ckpt_every": 2}, {"ckpt_every": 1}]
     if cfg.ckpt_every in (0, 1, 2):
-        rung(ckpt_offload=True)
+        saving(ckpt_offload=True)
     if not cfg.full:
-        rung(bits=8)
-        rung(bits=4)
+        saving(bits=8)
+        saving(bits=4)
     for optimizer in ("adamw8bit", "paged_adamw8bit", "offload_adamw")[:3 if cfg.full else 2]:
-        rung(optimizer=optimizer)
-    return [toggles for toggles in found if any(getattr(cfg, k) != v for k, v in toggles.items())]
+        saving(optimizer=optimizer)
+    return [toggles for toggles in steps if any(getattr(cfg, k) != v for k, v in toggles.items())]
 
 
 def flags(toggles: dict) -> str:
@@ -67,35 +68,37 @@ def flags(toggles: dict) -> str:
     return " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in toggles.items() if v)
 
 
-def search(cfg: options.TrainConfig, left) -> tuple[list, options.TrainConfig | None]:
-    """Down the ladder until it fits, then back up. left(cfg) -> bytes that stay free, negative if it does not fit.
+def search(cfg: options.TrainConfig, left: Callable) -> tuple[list, options.TrainConfig | None]:
+    """Add savings until it fits, then remove those that have become unnecessary.
 
-    Returns ([(what was tried, its cfg, bytes left)], the cheapest configuration that fits or None)."""
+    left(cfg) -> bytes that stay free, negative if it does not fit. Returns ([(what was tried, its cfg, bytes left)], the
+    cheapest configuration that fits or None).
+    """
     tried = []
 
     def fits(text, candidate):
         tried.append((text, candidate, left(candidate)))
         return tried[-1][2] >= 0
 
-    best, found = cfg, fits("as it is", cfg)
-    for toggles in rungs(cfg):
-        if found:
+    best, fitting = cfg, fits("as it is", cfg)
+    for toggles in savings(cfg):
+        if fitting:
             break
         best = dataclasses.replace(best, **toggles)
-        found = fits(f"+ {flags(toggles)}", best)
-    if not found:
+        fitting = fits(f"+ {flags(toggles)}", best)
+    if not fitting:
         return tried, None
-    for group in back(cfg, best):
+    for group in removals(cfg, best):
         for toggles in group:
             candidate = dataclasses.replace(best, **toggles)
-            if not fits(f"back: {described(toggles)}", candidate):
+            if not fits(f"back: {in_words(toggles)}", candidate):
                 break
             best = candidate
     return tried, best
 
 
-def back(cfg: options.TrainConfig, best: options.TrainConfig):
-    """What may have become superfluous, the dearest first: groups of steps towards what the command line asked for."""
+def removals(cfg: options.TrainConfig, best: options.TrainConfig):
+    """What may have become unnecessary, the most expensive first: groups of steps back towards the command line."""
     if best.ckpt_every != cfg.ckpt_every:
         group = [{"ckpt_every": n, "ckpt_offload": cfg.ckpt_offload} for n in (1, 2, 0)]
         yield [t for t in group if t["ckpt_every"] in (cfg.ckpt_every, 2, 1)
@@ -107,45 +110,44 @@ def back(cfg: options.TrainConfig, best: options.TrainConfig):
     yield sizes
 
 
-def described(toggles: dict) -> str:
+def in_words(toggles: dict) -> str:
     return flags(toggles) if toggles.get("ckpt_every", 1) else "nothing recomputed"
 
 
 def command(cfg: options.TrainConfig) -> str:
-    default = options.TrainConfig()
-    set_ = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in ("dry_run", "device")}
-    return "python train.py " + flags({k: v for k, v in set_.items() if v != getattr(default, k)})
+    default, not_typed = options.TrainConfig(), ("dry_run", "fit", "device")
+    typed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in not_typed}
+    return "python train.py " + flags({k: v for k, v in typed.items() if v != getattr(default, k)})
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(prog="memory.py", description="Find the cheapest options with which a model fits on a card. "
-                                "All options of train.py can be given; what is given stays.", allow_abbrev=False)
-    p.add_argument("--fit", required=True, metavar="SIZE", help="memory of the card, such as 8GB")
-    args, rest = p.parse_known_args(argv)
-    card = parse_size(args.fit)
-    asked = dataclasses.replace(options.parse(rest), dry_run=True)
-    asked.device = asked.device or "cuda"
-    found = {}
-    bar = tqdm(desc="predicting", unit=" rung", disable=not sys.stderr.isatty(), leave=False)
+def fit(wish: options.TrainConfig) -> dict:
+    """--fit: print what was tried, and the command to type. Raises UserError if nothing fits."""
+    memory_size, size = wish.fit, parse_size(wish.fit)
+    wish = dataclasses.replace(wish, fit=None, dry_run=True, device=wish.device or "cuda")
+    answers = {}  # by command: searching asks for some configurations twice
+    bar = tqdm(desc="predicting", unit=" configurations", disable=not sys.stderr.isatty(), leave=False)
 
     def left(cfg) -> int:
-        sizes, of, cfg = train.largest_step(options.resolve(cfg), full_length=asked.data is None)
-        key = command(cfg)
-        if key not in found:
-            found[key] = predict.predict(cfg, sizes), of
+        steps, in_words, cfg = ask.largest_steps(options.resolve(cfg), full_length=wish.data is None)
+        if (key := command(cfg)) not in answers:
+            answers[key] = predictor.ask(cfg, steps).answer(), in_words
             bar.update()
-        return card - CONTEXT * (asked.device != "cpu") - (found[key][0]["reserved"] or found[key][0]["peak"])
+        answer, _ = answers[key]
+        if "error" in answer:
+            raise UserError(f"--fit: {answer['error']}")
+        return size - CONTEXT * (wish.device != "cpu") - (answer["reserved"] or answer["peak"])
 
-    tried, best = search(asked, left)
-    bar.close()
-    print(f"{asked.model} on a card of {memory.human(card)}, {memory.human(CONTEXT)} of which are CUDA's own\n"
-          f"{next(iter(found.values()))[1]}\n")
+    with ask.Predictor() as predictor, bar:
+        tried, best = search(wish, left)
+    where = f"a GPU of {memory.human(size)}, {memory.human(CONTEXT)} of which are CUDA's own"
+    where = f"{memory.human(size)} of tensors" if wish.device == "cpu" else where
+    print(f"{wish.model} on {where}\n{next(iter(answers.values()))[1]}\n")
     width = max(len(text) for text, *_ in tried)
-    for text, _, rest_ in tried:
-        need = card - rest_
-        print(f"{text:{width}}  {memory.human(need):>10}  {'fits' if rest_ >= 0 else 'too large'}")
+    for text, _, rest in tried:
+        print(f"{text:{width}}  {memory.human(size - rest):>10}  {'fits' if rest >= 0 else 'too large'}")
     if best is None:
         least = min(tried, key=lambda t: -t[2])
-        raise UserError(f"nothing fits into {args.fit}. The least is {memory.human(card - least[2])}, for "
-                        f"{command(least[1])}; take a smaller model, a shorter --max-length, or a larger card")
+        raise UserError(f"nothing fits into {memory_size}. The least is {memory.human(size - least[2])}, for "
+                        f"{command(least[1])}; take a smaller model, a shorter --max-length, or a larger GPU")
     print(f"\n{command(best)}")
+    return {"command": command(best), "options": dataclasses.asdict(best)}

@@ -9,10 +9,10 @@ import math
 import re
 from dataclasses import dataclass
 
-from techniques import lora_init
-from files import weights
 from errors import UserError
 from files.hub import ASSETS
+from techniques import lora_init
+from techniques.device import usable_device
 from techniques.optim import OPTIMIZERS
 
 
@@ -38,7 +38,7 @@ class TrainConfig:
                                "and V; all for gpt2-nano)", type=str)
     rslora: bool = option(False, "lora", "scale by alpha / sqrt(r) instead")
     lora_init: str = option("default", "lora", "where adapters start: at nothing, at the error of rounding to 8 or 4 bits "
-                            "(loftq), at the weights' largest directions (pissa)", choices=lorainit.INITS)
+                            "(loftq), at the weights' largest directions (pissa)", choices=lora_init.INITS)
     full: bool = option(False, "lora", "train every weight, no adapters")
     data: str = option(None, "data", "JSON, JSONL, CSV or TXT file (default: the bundled assets/support.jsonl)", type=str)
     val_data: str = option(None, "data", "held-out file (default: val-frac of --data; the bundled data brings its own)",
@@ -55,6 +55,7 @@ class TrainConfig:
     batch_size: int = option(8, "memory", "examples a micro-batch")
     grad_accum: int = option(1, "memory", "micro-batches an optimizer step")
     dry_run: bool = option(False, "memory", "predict the peak and stop: nothing is downloaded, no weights are read")
+    fit: str = option(None, "memory", "a GPU's memory, such as 8GB: find the cheapest options that fit, and stop", type=str)
     optimizer: str = option("adamw", "memory", "adamw8bit: states of 8 bits; paged_adamw8bit: and in the machine's memory; "
                             "offload_adamw: on the CPU, so that --full --amp has 16-bit weights", choices=tuple(OPTIMIZERS))
     lr: float = option(None, "train", "peak learning rate (default: by the model's width, see default_lr)", type=float)
@@ -113,7 +114,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         raise UserError("--dry-run knows nothing of --compile, which decides anew what is kept; leave it out"
                         if cfg.compile else "--dry-run and --show-batch both stop the run; give one")
     if not (cfg.dry_run and cfg.device):
-        cfg.device = weights.usable_device(cfg.device)
+        cfg.device = usable_device(cfg.device)
     elif not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", cfg.device):  # a card can be predicted where there is none
         raise UserError(f"--device {cfg.device}: only cpu, cuda and mps")
     return cfg
@@ -137,7 +138,7 @@ def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
     bits = cfg.bits or stored or (16 if cfg.amp and (not cfg.full or cfg.optimizer == "offload_adamw") else 32)
     if bits < 32 and not cfg.amp:
         raise UserError(f"--bits {bits} needs --amp: such weights are multiplied in 16 bit")
-    lorainit.check(cfg.lora_init, bits, stored, cfg.lora_alpha)
+    lora_init.check(cfg.lora_init, bits, stored, cfg.lora_alpha)
     return bits
 
 

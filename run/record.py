@@ -6,20 +6,24 @@
     samples.md       the same prompts before and after training
     loss.png         the curves
     adapter/ best/   the last adapter and the one of the lowest held-out loss (--full: model/ and best/, whole models)
-    state/           what --resume needs
+    state/           what --resume needs (state.py)
 """
 import dataclasses
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import memory
-from ledger import predict
-from files import weights
 from errors import UserError
+from files import weights
+from techniques.device import device_of, type_name
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def prepare_out(cfg) -> Path:
@@ -37,48 +41,31 @@ def prepare_out(cfg) -> Path:
     return out
 
 
+def announce(cfg, params: dict, train_set, val_set, out: Path):
+    """What is about to be trained, on what, and how."""
+    print(parameters(cfg.model, params))
+    for name, d in (("training", train_set), ("held-out", val_set)):
+        print(f"{name}: {len(d):,} examples, {d.n_labels:,} labelled tokens of {sum(len(e.ids) for e in d.examples):,}"
+              + (f"; {d.n_dropped} rows dropped (nothing to learn)" if d.n_dropped else "")
+              + (f"; {d.n_truncated} cut at {cfg.max_length}" if d.n_truncated else ""))
+    half = f", {type_name(device_of(cfg.device).half)}" if cfg.amp else ""
+    print(f"{cfg.steps} steps of {cfg.batch_size} x {cfg.grad_accum}, lr {cfg.lr:g}, {cfg.device}{half} -> {out}")
+
+
 def parameters(name: str, params: dict) -> str:
     return (f"{name}: {params['total']:,} parameters in {memory.human(params['bytes'])}, "
             f"{params['trainable']:,} trainable ({params['percent']:.4f} %)")
 
 
-def steps_done(cfg) -> int:
-    """0, or the step that --resume continues after."""
-    if not cfg.resume:
-        return 0
-    with weights.opened(Path(cfg.out) / "state" / "state.safetensors") as f:
-        return json.loads(f.metadata()["numbers"])["step"]
-
-
 def write_config(out: Path, cfg):
-    here, git = Path(__file__).parent, None
-    if (here / ".git").exists():
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    about = {"options": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("resume", "show_batch", "dry_run")},
-             "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seed": cfg.seed,
-             "commit": git.stdout.strip() if git and git.returncode == 0 else None}
-    weights.write_text(out / "config.json", json.dumps(about, indent=2) + "\n")
-
-
-def options_of_run(cfg):
-    """--resume: the saved run's options; one given again (one that is not at its default) must be the same."""
-    if not cfg.out:
-        raise UserError("--resume needs --out, the folder of the run to continue")
-    path, state = Path(cfg.out) / "config.json", Path(cfg.out) / "state" / "state.safetensors"
-    if not path.is_file():
-        raise UserError(f"--resume: {cfg.out} holds no run (no config.json in it)")
-    if not state.is_file():
-        raise UserError(f"--resume: {state} is missing, the run was stopped before its first save; start it anew")
-    saved = weights.read_json(path)["options"]
-    default = type(cfg)()
-    for name in saved:
-        given = getattr(cfg, name)
-        if name != "out" and given != getattr(default, name) and given != saved[name]:
-            raise UserError(f"--resume with a changed option: --{name.replace('_', '-')} {given}, the run in {cfg.out} has "
-                            f"{saved[name]}; leave it out, or start a new run")
-    resumed = type(cfg)(**{**saved, "out": cfg.out, "resume": True, "dry_run": cfg.dry_run, "show_batch": cfg.show_batch})
-    resumed.epochs = default.epochs  # the number of steps was resolved from it
-    return resumed
+    git = None
+    if (ROOT / ".git").exists():
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    not_saved = ("resume", "show_batch", "dry_run", "fit")
+    config = {"options": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in not_saved},
+              "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seed": cfg.seed,
+              "commit": git.stdout.strip() if git and git.returncode == 0 else None}
+    weights.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def log(out: Path, line: dict):
@@ -105,10 +92,36 @@ def rewind_log(out: Path, step: int):
     weights.write_text(out / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in read_log(out) if x["step"] <= step))
 
 
-def per_second(lines: list[dict], key: str) -> float | None:
-    """Over the steps after the first, which warms up, and the one under the ledger; None when there is no other."""
-    seconds = sum(line["step_s"] for line in lines)
-    return sum(line[key] for line in lines) / seconds if seconds else None
+class Progress:
+    """Each step's line: in metrics.jsonl, and as a bar on a terminal or some twenty printed lines elsewhere.
+
+    `timed`: the lines that count for the speed. The first step warms up and some are followed by the ledger: these do not.
+    """
+
+    def __init__(self, out: Path, step: int, steps: int):
+        self.out, self.steps, self.timed = out, steps, []
+        self.bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), desc="training", unit="step")
+
+    def __call__(self, line: dict, timed: bool, peak: int | None):
+        step, said = line["step"], f"{line['tokens_per_s']:,.0f}"
+        self.timed += [line] * timed
+        log(self.out, line)
+        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {line['lr']:.1e}, {said} tok/s, peak {memory.human(peak)}")
+        self.bar.update()
+        if self.bar.disable and (step % max(1, self.steps // 20) == 0 or step == self.steps):
+            print(f"step {step}/{self.steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  {said} tokens/s  "
+                  f"peak {memory.human(peak)}", flush=True)
+
+    def close(self):
+        self.bar.close()
+
+    def say(self, text: str):
+        self.bar.write(text, file=sys.stdout)
+
+    def per_second(self, key: str) -> float | None:
+        """Tokens or examples; None when no step was timed."""
+        seconds = sum(line["step_s"] for line in self.timed)
+        return sum(line[key] for line in self.timed) / seconds if seconds else None
 
 
 def write_samples(path: Path, cfg, prompts, before, after):
@@ -147,23 +160,14 @@ def plot_losses(out: Path):
     plt.close(fig)
 
 
-def predicted(child) -> dict:
-    """The answer of predict.py, printed as it is used."""
-    found = predict.answer(child) if child else {"error": "--compile changes what is kept"}
-    if "error" in found:
-        print(f"the peak is not predicted: {found['error']}")
-        return {"peak": None, "by_category": None}
-    print(f"predicted peak {peaks(found)}")
-    return found
+def peaks(prediction: dict) -> str:
+    if prediction["reserved"]:
+        return f"{memory.human(prediction['peak'])} allocated, {memory.human(prediction['reserved'])} reserved"
+    return f"{memory.human(prediction['peak'])} in tensors"
 
 
-def peaks(found: dict) -> str:
-    return (f"{memory.human(found['peak'])} allocated, {memory.human(found['reserved'])} reserved" if found["reserved"] else
-            f"{memory.human(found['peak'])} in tensors")
-
-
-def table(measured: dict | None, predicted: dict | None) -> str:
-    """Bytes by category, one line each; a category that is empty in both has none."""
+def categories(measured: dict | None, predicted: dict | None) -> str:
+    """Bytes by category, a line each. A category that is empty on both sides has no line."""
     lines = []
     for c in memory.CATEGORIES:
         values = [d[c] for d in (measured, predicted) if d]
@@ -173,9 +177,23 @@ def table(measured: dict | None, predicted: dict | None) -> str:
     return "\n".join(header + lines)
 
 
-def report_dry_run(cfg, found: dict, of: str):
-    print(f"{parameters(cfg.model, found['params'])}\n{of}\n")
-    print(f"predicted peak on {cfg.device}: {peaks(found)}\n{table(None, found['by_category'])}")
+def summarise(run, params: dict, prediction: dict, watch, progress: Progress) -> dict:
+    """Write summary.json, loss.png; print the report. Returns what summary.json holds."""
+    seen = run.seen
+    summary = {
+        "params": {k: params[k] for k in ("total", "trainable", "percent")},
+        "memory": {"predicted_peak": prediction["peak"], "measured_peak": watch.peak, "reserved": watch.reserved,
+                   "rss_peak": memory.rss_peak(), "predicted_by_category": prediction["by_category"],
+                   "by_category": watch.by_category},
+        "loss": {"first": seen["loss_first"], "last": seen["loss_last"], "val_before": seen["val_before"],
+                 "val_after": seen["val_after"], "val_best": seen["val_best"]},
+        "tokens_per_s": progress.per_second("tokens"), "examples_per_s": progress.per_second("examples"),
+        "wall_s": seen["wall_s"], "steps": run.step,
+    }
+    weights.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    plot_losses(run.out)
+    report(summary, run.out)
+    return summary
 
 
 def report(summary: dict, out: Path):
@@ -192,5 +210,5 @@ def report(summary: dict, out: Path):
              *[f"{memory.human(m['reserved'])} reserved"] * bool(m["reserved"])]
     print(f"peak memory   {', '.join(parts)}")
     if m["by_category"]:
-        print("at the peak   " + table(m["by_category"], m["predicted_by_category"]).replace("\n", "\n              "))
+        print("at the peak   " + categories(m["by_category"], m["predicted_by_category"]).replace("\n", "\n              "))
     print(f"written       {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")

@@ -9,19 +9,21 @@ would be 4 * 12 heads * 1024^2 * 4 bytes = 201 MB in each of its 12 layers.
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-FLOAT32_BACKWARD = ("cpu",)  # where backward in 16 bit is slow, see below
+from techniques.device import device_of
 
 
 def attend(q, k, v, segments: list[int] | None = None, float32: bool = False):
     """q (B, H, T, D) over k, v (B, K, S, D) -> (B, H, T, D). Query head h reads key/value head h // (H / K).
 
-    Without a KV cache S = T. With one, S >= T = 1: the one new token sees all. There is no padding mask: padding stands
-    on the right, where no real token looks. segments: the lengths of the examples in a packed row (B = 1); attention
-    runs example by example, so its work is sum(t^2) instead of (sum t)^2 and nothing crosses a border. float32: of 16-bit
-    q, k and v, too, everything is multiplied and summed in float32 (phi.py needs it); the result is 16 bit again.
+    Without a KV cache, and for the prompt with one, S = T: position t sees s <= t. A later token comes alone (T = 1) and
+    sees all S positions of the cache. No padding mask is needed: padding stands on the right, where no real token looks.
+
+    segments: the lengths of the examples in a packed row (B = 1). Attention runs example by example: its work is
+    sum(t^2) instead of (sum t)^2, and no example sees another. float32: 16-bit q, k and v are multiplied and summed in
+    float32 (phi.py needs this); the result is 16 bit again.
     """
     if q.dtype != torch.float32:
-        if (float32 or q.device.type in FLOAT32_BACKWARD) and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if (float32 or device_of(q.device).float32_backward) and (q.requires_grad or k.requires_grad or v.requires_grad):
             return Float32Backward.apply(q, k, v, segments, float32)
         if float32:
             return attend(q.float(), k.float(), v.float(), segments).to(q.dtype)
@@ -34,10 +36,12 @@ def attend(q, k, v, segments: list[int] | None = None, float32: bool = False):
 
 
 class Float32Backward(torch.autograd.Function):
-    """PyTorch's CPU backward multiplies 16-bit tiles without the matrix unit: at T = 72 it takes 3 times as long as in
-    float32. So backward runs in float32, from the 16-bit q, k and v: forward keeps nothing else, not even y. With
-    `float32` forward does too, on every device: kept are 2C + 4KD bytes a token, where autograd would keep q, k, v and y
-    in float32, 8C + 8KD. Phi-2: 15 kB instead of 41 in each of its 32 layers."""
+    """Attention whose backward runs in float32, from the 16-bit q, k and v. Forward keeps these three and not even y.
+
+    PyTorch's CPU kernel multiplies 16-bit tiles without the matrix unit: at T = 72 its backward takes 3 times as long as
+    in float32. With `float32` forward, too, runs in float32, on every device. Kept are 2C + 4KD bytes a token; autograd
+    would keep q, k, v and y in float32, 8C + 8KD bytes. Phi-2: 15 kB instead of 41 kB in each of its 32 layers.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, segments, float32):

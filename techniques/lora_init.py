@@ -24,14 +24,14 @@ W comes from the checkpoint, one tensor at a time: there is never a second model
     merging     adds B A - B0 A0 to the original W (both)
 """
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from techniques import quant
-from files import weights
 from errors import UserError
+from techniques import quant
 
 INITS = ("default", "loftq", "pissa")
 STEPS = 25  # of the iteration in top_left
@@ -53,20 +53,19 @@ def check(init: str, bits: int, stored: int | None, alpha: float = 1.0):
         raise UserError(f"--lora-alpha {alpha}: --lora-init {init} divides by it, it must be above 0")
 
 
-def start(model: nn.Module, found: dict, init: str):
-    """Set the adapters `found` (name -> LoRALinear) in `model` to where `init`, checked before, lets them start."""
-    model.lora_init = init
-    if init == "default":
-        return
-    checkpoint = weights.Checkpoint(model.source)
-    for name, m in tqdm(found.items(), desc=f"lora-init {init}", disable=not sys.stderr.isatty(), unit="layer"):
+def set_start(adapters: dict, init: str, bits: int, stored: Callable[[str], torch.Tensor]):
+    """Set adapters (name -> LoRALinear) to where "loftq" or "pissa" lets them start. Raises UserError.
+
+    bits: of the model's weights. stored: the name of a weight -> the weight as stored, float32, in the file's layout.
+    """
+    for name, m in tqdm(adapters.items(), desc=f"lora-init {init}", disable=not sys.stderr.isatty(), unit="layer"):
         low_bit, device = isinstance(m.base_layer, quant.LowBitLinear), m.lora_A.device
         if init == "loftq" and not low_bit:  # the head is never quantised: it has the default start
             continue
-        W = checkpoint.read(f"{name}.weight")
+        W = stored(f"{name}.weight")
         R = (W.t() if getattr(m.base_layer, "fan_in_fan_out", False) else W).to(device)  # (out, in)
         if not torch.isfinite(R).all():
-            raise UserError(f"{name}.weight is not finite (NaN or infinity) in {model.source}; the checkpoint is damaged")
+            raise UserError(f"{name}.weight is not finite (NaN or infinity); the checkpoint is damaged")
         if init == "loftq":
             R = R - m.base_layer.dequantize()
         with torch.no_grad():
@@ -79,7 +78,7 @@ def start(model: nn.Module, found: dict, init: str):
                 A[:len(S)] = torch.where(S[:, None] > 1e-6 * R.norm(), half[:, None] * Vt, A[:len(S)])
             m.keep_start(m.lora_A, m.B())
         if init == "pissa":
-            rebase(m, W, model.bits)
+            rebase(m, W, bits)
 
 
 def rebase(m, W: torch.Tensor, bits: int):
@@ -95,13 +94,11 @@ def rebase(m, W: torch.Tensor, bits: int):
         base.weight = nn.Parameter(rest.to(device, base.weight.dtype), requires_grad=False)
 
 
-def restore(model: nn.Module, found: dict, init: str):
-    """After the adapters and their starts have been read from a file: the base that they were trained with."""
-    model.lora_init = init
+def restore(adapters: dict, init: str, bits: int, stored: Callable[[str], torch.Tensor]):
+    """After adapters and their starts have been read from a file: the base that they were trained with. As set_start."""
     if init == "pissa":
-        checkpoint = weights.Checkpoint(model.source)
-        for name, m in tqdm(found.items(), desc="lora-init pissa", disable=not sys.stderr.isatty(), unit="layer"):
-            rebase(m, checkpoint.read(f"{name}.weight"), model.bits)
+        for name, m in tqdm(adapters.items(), desc="lora-init pissa", disable=not sys.stderr.isatty(), unit="layer"):
+            rebase(m, stored(f"{name}.weight"), bits)
 
 
 # ---------------------------------------------------------------------------------------------- Eckart and Young

@@ -15,8 +15,9 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
+from techniques.device import device_of
+
 IGNORE = -100  # the label of a position without a loss, as everywhere in PyTorch
-CHUNK_LOGITS = 2**22
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -67,13 +68,14 @@ def sum_loss(hidden, head, labels, chunk: int | None = None):
 
     hidden: (B, T, C), the model's `hidden` output. head: the output projection (`.weight` (V, C), `.bias` or None).
     labels: (B, T), the token that each position must predict, or -100. chunk: positions at a time (default: as many as
-    keep 2^22 logits). Returns a float32 scalar. Under autocast the products run in autocast's type, the softmax in float32.
+    have 2^22 logits, see device.py). Returns a float32 scalar. Under autocast the products run in autocast's type, the
+    softmax in float32.
     """
     with record_function("loss"):  # a name for the ledger (memory.py), and for whoever profiles
-        return sum_of(hidden, head, labels.reshape(-1), chunk)
+        return gathered_loss(hidden, head, labels.reshape(-1), chunk)
 
 
-def sum_of(hidden, head, labels, chunk):
+def gathered_loss(hidden, head, labels, chunk):
     weight, bias, device = head.weight, head.bias, hidden.device.type
     labelled = (labels != IGNORE).nonzero().squeeze(1)  # (N,)
     rest = -len(labelled) % 16  # matrix units work in tiles of 16 rows; fewer shapes, too (data.collate)
@@ -83,4 +85,5 @@ def sum_of(hidden, head, labels, chunk):
     with torch.autocast(device, enabled=False):
         if hasattr(head, "widen"):  # a head that carries an adapter: its rank as more columns
             h, weight = head.widen(h)
-        return LinearCrossEntropy.apply(h, weight, bias, y, chunk or max(16, CHUNK_LOGITS // weight.shape[0] // 16 * 16))
+        chunk = chunk or max(16, device_of(h.device).logits_chunk // len(weight) // 16 * 16)
+        return LinearCrossEntropy.apply(h, weight, bias, y, chunk)

@@ -16,8 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from techniques import quant
-
 SIZE = 1024  # bytes to a program: 2048 weights, 16 to each thread of four warps
 
 
@@ -34,12 +32,12 @@ def kernel(packed, absmax, levels, out, n_bytes, size: tl.constexpr):
 
 
 @functools.cache
-def levels_on(device) -> torch.Tensor:
-    return quant.NF4.to(device)
+def on_device(levels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return levels.to(device)
 
 
-def dequantize(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """packed (n / 2, 1) uint8, absmax (n / 64,) float32 -> `out`, on the same device. As quant.dequantize_nf4."""
+def dequantize(packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """packed (n / 2, 1) uint8, absmax (n / 64,) float32 -> `out` (n numbers), on one device. levels (16,): quant.NF4."""
     n_bytes = packed.numel()
-    kernel[(triton.cdiv(n_bytes, SIZE),)](packed, absmax, levels_on(packed.device), out, n_bytes, SIZE)
+    kernel[(triton.cdiv(n_bytes, SIZE),)](packed, absmax, on_device(levels, packed.device), out, n_bytes, SIZE)
     return out

@@ -41,7 +41,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-HOST = "cpu"  # the machine's memory, as against the card's
+from techniques.device import device_of
 
 
 class AdamW:
@@ -95,8 +95,6 @@ class AdamW:
 
 BLOCK = 256
 MIN_8BIT = 4096
-CHUNK = {"cpu": 2**17}  # numbers worked on at a time: a float32 buffer of 512 kB stays in a CPU core's cache ...
-CHUNK_GPU = 2**22        # ... and 16 MB of them keep a GPU busy for longer than it takes to launch the next kernel
 
 
 def dynamic_code(signed: bool) -> torch.Tensor:
@@ -110,7 +108,7 @@ def dynamic_code(signed: bool) -> torch.Tensor:
     return torch.cat(values).sort().values
 
 
-def key(x: torch.Tensor) -> torch.Tensor:
+def ordered_bits(x: torch.Tensor) -> torch.Tensor:
     """float32 x in [-1, 1] -> int32 >= 0 that rises with x on either side of zero: x's bits, all flipped if x < 0.
 
     The upper half of the key (sign, exponent, 7 bits of mantissa) is the number of x's *bin*, one of 32,768.
@@ -132,7 +130,7 @@ def tables(signed: bool, device) -> tuple[torch.Tensor, torch.Tensor]:
     starts = torch.arange(2**15, dtype=torch.int32) << 16  # each bin's first key
     first = torch.where(starts < 2**30, starts, ~starts).view(torch.float32)  # and its number
     bins = (torch.bucketize(first, bounds, out_int32=True) << 16) - starts
-    b = key(bounds)
+    b = ordered_bits(bounds)
     bins[b >> 16] += 65535 - (b & 65535)
     return code.to(device), bins.to(device)
 
@@ -147,7 +145,7 @@ def quantise(x: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor, signed: boo
     """Write x (blocks, 256) float32 into q and absmax. x is used up."""
     torch.amax(x.abs() if signed else x, dim=1, keepdim=True, out=absmax)
     x.mul_(1 / absmax.clamp(min=torch.finfo(torch.float32).tiny))
-    k = key(x) if signed else x.view(torch.int32)
+    k = ordered_bits(x) if signed else x.view(torch.int32)
     _, bins = tables(signed, x.device)
     bin = torch.bitwise_right_shift(k, 16).view(-1)
     q.copy_(bins.index_select(0, bin).view(x.shape).add_(k).bitwise_right_shift_(16))
@@ -181,22 +179,25 @@ class AdamW8bit(AdamW):
         large = [p for p in params if p.numel() >= MIN_8BIT]
         for p in large:
             self.state[p]["step"] += 1
-        self.update_chunks(list(self.chunks(large)), group)
+        chunks = list(self.chunks(large))
+        if chunks and (few := device_of(large[0].device).pieces):
+            chunks = sorted(chunks, key=lambda c: -sum(j - i for _, i, j in c))[:few]
+        self.update_chunks(chunks, group)
 
     def chunks(self, params):
         """Lists of (parameter, first block, last block + 1) of at most a chunk each: slices of large matrices, small ones
         together. (A LoRA adapter by itself is 5,000 numbers, and 25 operations on so few are all overhead.)"""
-        chunk, room = [], 0
+        chunk, left = [], 0
         for p in params:
-            size, n, i = CHUNK.get(p.device.type, CHUNK_GPU) // BLOCK, -(-p.numel() // BLOCK), 0
+            size, n, i = device_of(p.device).optimizer_chunk // BLOCK, -(-p.numel() // BLOCK), 0
             while i < n:
-                if chunk and (not room or self.state[p]["step"] != self.state[chunk[0][0]]["step"]):
+                if chunk and (not left or self.state[p]["step"] != self.state[chunk[0][0]]["step"]):
                     yield chunk
                     chunk = []
-                room = room if chunk else size
-                j = min(n, i + room)
+                left = left if chunk else size
+                j = min(n, i + left)
                 chunk.append((p, i, j))
-                room, i = room - (j - i), j
+                left, i = left - (j - i), j
         if chunk:
             yield chunk
 
@@ -259,7 +260,7 @@ class PagedAdamW8bit(AdamW8bit):
         super().__init__(*args, **kwargs)
         self.device = next(p.device for g in self.param_groups for p in g["params"])
         self.cuda = self.device.type == "cuda"
-        self.home = {"device": HOST, "pin_memory": self.cuda}
+        self.home = {"device": device_of(self.device).host, "pin_memory": self.cuda}
         self.side = torch.cuda.Stream(self.device) if self.cuda else None
 
     def update_chunks(self, chunks, group):
@@ -303,7 +304,8 @@ class OffloadAdamW(AdamW):
     """
 
     def __init__(self, groups, lr, device="cpu", dtype=torch.float32, **kwargs):
-        masters = {p: p.detach().to(HOST, torch.float32) for g in groups for p in g["params"]}
+        self.host = device_of(device).host
+        masters = {p: p.detach().to(self.host, torch.float32) for g in groups for p in g["params"]}
         super().__init__([{**g, "params": [masters[p] for p in g["params"]]} for g in groups], lr, **kwargs)
         self.masters = masters
         for p, master in masters.items():
@@ -314,7 +316,7 @@ class OffloadAdamW(AdamW):
         return self.masters[p]
 
     def take_gradient(self, p):
-        master, grad = self.masters[p], p.grad.to(HOST)  # in 16 bit over the bus
+        master, grad = self.masters[p], p.grad.to(self.host)  # in 16 bit over the bus
         p.grad = None
         master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
 

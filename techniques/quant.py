@@ -23,8 +23,6 @@ that transformers wrote with it (the hub's *-bnb-4bit) loads as it is.
 Nothing dequantised is kept. Backward needs W once more, for dx = dy W, and dequantises again: a step holds one layer in 16
 bit at a time (LLaMA-7B: at most 90 MB), where autograd would keep every layer, the 13 GB that were to be saved.
 """
-import functools
-import importlib.util
 import json
 import math
 import re
@@ -33,6 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from techniques.device import Device, device_of
 from techniques.optim import dynamic_code
 
 BLOCK = 64  # weights to an absmax
@@ -97,12 +96,12 @@ def quantize_absmax(absmax: torch.Tensor):
 
 def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The inverse: packed (n / 2, 1), absmax (n / 64,) float32 -> `out`, of any type. level * absmax, rounded once."""
-    if packed.is_cuda and has_triton():
-        from techniques import nf4_triton
-        return nf4_triton.dequantize(packed, absmax, out)
+    device = device_of(packed.device)
+    if device.nf4_kernel:
+        return device.nf4_kernel(packed, absmax, NF4, out)
     codes, flat = packed.view(-1), out.view(-1)
-    table, index, pairs = workspace(packed.device, CHUNK)
-    for i in range(0, len(codes), CHUNK // 2):
+    table, index, pairs = nf4_rooms(device, packed.device)
+    for i in range(0, len(codes), CHUNK // 2)[:device.pieces]:
         n = min(CHUNK // 2, len(codes) - i)
         index[:n] = codes[i:i + n]
         # One look-up moves 8 bytes, the levels of two weights. 16 rows, since PyTorch's gather gives a thread whole rows.
@@ -113,48 +112,30 @@ def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor
     return out
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def nf4_rooms(device: Device, where) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What dequantize_nf4 uses again and again, 8 MB: a table (256,) from a byte to its two levels, whose 4 + 4 bytes are
+    handled as one int64; room for a chunk's indices; room for its levels."""
+    def pairs_of_levels(n):
+        byte = torch.arange(n)
+        return torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).view(torch.int64).view(-1).to(where)
 
+    def empty(n):
+        return torch.empty(n, dtype=torch.int64, device=where)
 
-WORKSPACE: dict[tuple, tuple] = {}
-
-
-def workspace(device, chunk: int):
-    """What dequantize_nf4 uses again and again, 8 MB: a table (256,) from a byte to its two levels, 4 + 4 bytes that pass
-    for an int64; room for a chunk's indices and levels."""
-    if (device, chunk) not in WORKSPACE:
-        byte = torch.arange(256)
-        table = torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).view(torch.int64).view(-1).to(device)
-        index = torch.empty(chunk // 2, dtype=torch.int64, device=device)
-        WORKSPACE[device, chunk] = table, index, torch.empty_like(index)
-    return WORKSPACE[device, chunk]
-
-
-def kept() -> list[torch.Tensor]:
-    """The tensors that this file keeps from step to step, for the ledger."""
-    return [*ROOM.values(), *(t for tensors in WORKSPACE.values() for t in tensors)]
+    return (device.room(("nf4 table",), 256, pairs_of_levels), device.room(("nf4 index", CHUNK), CHUNK // 2, empty),
+            device.room(("nf4 pairs", CHUNK), CHUNK // 2, empty))
 
 
 # ---------------------------------------------------------------------------------------------- layers
 
-ROOM: dict[tuple, torch.Tensor] = {}
+def layer_room(shape, dtype, device) -> torch.Tensor:
+    """Where a layer's weight is dequantised for one product: the same memory for every layer, until the next call."""
+    return device_of(device).room(("layer", dtype), math.prod(shape),
+                                  lambda n: torch.empty(n, dtype=dtype, device=device)).view(shape)
 
 
-def room(shape, dtype, device) -> torch.Tensor:
-    """Where a layer is dequantised for a product, the same memory for every layer: it holds until the next call.
-
-    As large as the largest layer. Fresh memory for each would cost a third of the time: the system clears it, page by page.
-    """
-    n = math.prod(shape)
-    if (dtype, device) not in ROOM or len(ROOM[dtype, device]) < n:
-        ROOM[dtype, device] = torch.empty(n, dtype=dtype, device=device)
-    return ROOM[dtype, device][:n].view(shape)
-
-
-class Product(torch.autograd.Function):
-    """x W^T for a W in few bits. Nothing is saved for backward but the layer, which is there anyway."""
+class LowBitProduct(torch.autograd.Function):
+    """x W^T for a W in few bits. Nothing is saved for backward but the layer, which exists anyway."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -183,7 +164,7 @@ class LowBitLinear(nn.Module):
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = Product.apply(x, self)
+        y = LowBitProduct.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype=torch.float32) -> torch.Tensor:
@@ -191,7 +172,7 @@ class LowBitLinear(nn.Module):
         return self.dequantize_into(torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device))
 
     def in_room(self, dtype) -> torch.Tensor:
-        return room((self.out_features, self.in_features), dtype, self.weight.device)
+        return layer_room((self.out_features, self.in_features), dtype, self.weight.device)
 
     def times_transposed(self, x):
         return x @ self.dequantize_into(self.in_room(x.dtype)).t()

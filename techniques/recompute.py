@@ -1,26 +1,33 @@
-"""Activation checkpointing: forget what a layer's forward kept, compute it again when backward asks for it.
+"""Recomputation: forget what a layer's forward kept, compute it again when backward asks for it.
 
-Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016, arXiv:1604.06174). Backward needs what every layer
-computed on the way forward, but it visits one layer after another. So a checkpointed layer keeps its input x alone; when
-backward reaches it, the layer runs again from x, and its activations exist only while backward passes through it.
+Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016, arXiv:1604.06174). The ecosystem's other names for
+it are activation checkpointing and gradient checkpointing. Backward needs what every layer computed in forward, but it
+visits one layer after another. So a recomputed layer keeps only its input x. When backward reaches the layer, the layer
+runs again from x, and its activations exist only while backward passes through it.
 
-Autograd lets us stand between it and what it keeps: whatever an operator saves for backward goes through `pack`, what
-pack returns is kept in its place, and `unpack` must make the tensor of it again (torch.autograd.graph.saved_tensors_hooks).
-Here pack returns a number: "the layer's n-th saved tensor". The first unpack runs the layer a second time, under hooks
-that catch what is saved, and its n-th saved tensor is the one. The graph is the first run's: a weight's gradient arrives
-once, and a frozen embedding below (an x that needs no gradient) is no special case. The second run ends with the last
-saved tensor, before the layer's last matrix product, which nobody would read (unless it carries an adapter).
+Autograd has hooks for what it saves (torch.autograd.graph.saved_tensors_hooks): a saved tensor goes through `pack`;
+autograd keeps what pack returns; `unpack` must turn it into the tensor again.
 
-    activations   L layers keep 2C bytes a token (x in 16 bit; with --full it is float32, 4C) and one its whole a:
-                  2C L + a instead of L a.   GPT-2 124M (a = 22C), 4 x 512 tokens: 38 + 35 MB, not 415.
-                  LLaMA-7B (a = 102 kB), 512 tokens: 134 + 52 MB, not 1,661.
-                  The paper's segments of k layers keep 2C L / k + k a: least at k = sqrt(2C L / a), 1.0 and 1.6 here.
-                  So a segment is one layer, and --ckpt-every N leaves the layers between as they are, for speed.
-    time          backward costs two forwards (one where the weights are frozen: no product for their gradients); the
-                  second run 2/3 of one in GPT-2, 3/4 in LLaMA. N = 1: 22-26 % more with --full, 33-39 % with LoRA.
-    offload       x waits in host memory: a is all that stays on the card. 2C bytes a token and layer cross the bus twice.
-                  LLaMA-7B, 512 tokens: 134 MB out while the layers compute, 134 MB back, which backward waits for; at
-                  25 GB/s (PCIe 4.0 x16) 5 ms of a step of 19 TFLOP. 32,768 tokens: 8.6 GB of the card's memory.
+1. Here pack returns a number n: "the n-th tensor that this layer saved".
+2. The first unpack runs the layer a second time. Hooks catch every tensor that this second run saves.
+3. The n-th caught tensor is the one that unpack returns.
+
+The graph is the first run's. So a weight's gradient arrives once, and an x that needs no gradient (above a frozen
+embedding) is no special case. The second run stops when the last saved tensor is there, before the layer's last matrix
+product: nobody would read its result (unless that product carries an adapter).
+
+    activations   L layers keep 2C bytes a token each (x in 16 bit; with --full x is float32, 4C), and one layer at a time
+                  has all its activations, a bytes a token:    2C L + a   instead of   L a.
+                  GPT-2 124M (a = 22C), 4 x 512 tokens: 38 + 35 MB instead of 415 MB.
+                  LLaMA-7B (a = 102 kB), 512 tokens: 134 + 52 MB instead of 1.68 GB.
+                  The paper groups k layers: 2C L / k + k a, which is least at k = sqrt(2C L / a): 1.0 and 1.6 here.
+                  So a group is one layer, and --ckpt-every N leaves the layers between as they are, for speed.
+    time          Backward costs two forwards (one where the weights are frozen: it computes no gradient for them). The
+                  second run costs 2/3 of a forward in GPT-2 and 3/4 in LLaMA.
+                  N = 1: 22-26 % more time with --full, 33-39 % more with LoRA.
+    offload       x waits in host memory, and a is all that stays on the GPU. 2C bytes a token and layer cross the bus
+                  twice. LLaMA-7B, 512 tokens: 134 MB go out while the layers compute, and come back while backward waits.
+                  At 25 GB/s (PCIe 4.0 x16) that is 5 ms of a step of 19 TFLOP. 32,768 tokens: 8.6 GB less on the GPU.
 """
 import sys
 from contextlib import suppress
@@ -30,81 +37,90 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.autograd.profiler import record_function
 
+from techniques.device import device_of
 
-def checkpoint(block, x, *rest, offload: bool = False):
-    """block(x, *rest); for backward only x is kept, with offload in host memory. Gradients are equal bit for bit.
 
-    The block must do the same both times: no state of its own but weights and PyTorch's random numbers (`rest` is kept as
-    it is: put nothing large there). Backward raises RuntimeError where the second run saves other shapes than the first.
+def recompute(block, x, *rest, offload: bool = False):
+    """block(x, *rest), and only x is kept for backward (with offload: in host memory). Gradients are equal bit for bit.
+
+    The block must do the same in both runs: it may depend on its weights and on PyTorch's random numbers, on nothing else
+    that changes. `rest` is kept as it is, so put nothing large there. Backward raises RuntimeError where the second run
+    saves other shapes than the first.
     """
-    layer = Recomputed(block, x, rest, offload)
+    layer = RecomputedLayer(block, x, rest, offload)
     with saved_tensors_hooks(uncompiled(layer.forget), layer.recall):
         return block(x, *rest)
 
 
 def uncompiled(hook):
-    """--compile would translate the hook with the layer that calls it, anew for each length of its list."""
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # (disable would import the compiler)
+    """The hook, hidden from --compile, which would compile it again for each length of its list."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # (disable imports the compiler)
 
 
 class SecondRunDone(Exception):
     """Leaves the second run once every tensor that the first one saved is there again."""
 
 
-class Recomputed:
-    """What a checkpointed layer keeps until its backward: x, and the state that its forward depends on (the type that
-    autocast multiplies in; 5 kB of random state, so that dropout draws the same)."""
+class RecomputedLayer:
+    """What a recomputed layer keeps until its backward: x, and the state that its forward depends on.
+
+    This state is autocast's type and the random state (5 kB), so that dropout draws the same numbers again.
+    """
 
     def __init__(self, block, x, rest: tuple, offload: bool):
         kind = x.device.type
         self.block, self.rest, self.device, self.needs_grad = block, rest, x.device, x.requires_grad
         self.x = to_host(x.detach()) if offload else x.detach()
         self.autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-        self.cards = [] if kind == "cpu" else [x.device]  # whose random state counts, beside the CPU's
-        self.random = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self.cards)]
-        self.shapes, self.found = [], {}  # of the saved tensors, in their order; the tensors, made again
+        self.gpus = [] if kind == "cpu" else [x.device]  # their random state matters too, not only the CPU's
+        self.random = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self.gpus)]
+        self.shapes = []  # of the tensors that the first run saved, in their order
+        self.again: dict[int, torch.Tensor] = {}  # what the second run saved: number -> tensor
 
     def forget(self, tensor) -> int:
         self.shapes.append(tensor.shape)
         return len(self.shapes) - 1
 
     def recall(self, n: int):
-        if n not in self.found:  # the first that backward asks for; or another backward through a retained graph
-            self.found = dict(enumerate(self.run_again()))
-        return self.found.pop(n)  # each operator asks once: its tensors are freed when its backward is done
+        if n not in self.again:  # backward asks for the first time; or a second backward through a retained graph
+            self.again = dict(enumerate(self.run_again()))
+        return self.again.pop(n)  # each operator asks once: its tensors are freed when its backward is done
 
     def run_again(self) -> list:
-        found = []
+        saved = []
 
         def catch(tensor):
-            found.append(tensor.detach())
-            if len(found) == len(self.shapes):
+            saved.append(tensor.detach())
+            if len(saved) == len(self.shapes):
                 raise SecondRunDone
 
         x = to_device(self.x, self.device).detach().requires_grad_(self.needs_grad)
         with (record_function("recompute"),  # a name for the ledger (memory.py)
-              torch.random.fork_rng(self.cards, device_type=self.device.type),  # afterwards: the random state of before
+              torch.random.fork_rng(self.gpus, device_type=self.device.type),  # afterwards, the state is as before
               torch.autocast(self.device.type, **self.autocast), torch.enable_grad(),
               saved_tensors_hooks(uncompiled(catch), lambda _: None)):
             torch.set_rng_state(self.random[0])
-            for card, state in zip(self.cards, self.random[1:]):
-                torch.get_device_module(card).set_rng_state(state, card)
+            for gpu, state in zip(self.gpus, self.random[1:]):
+                torch.get_device_module(gpu).set_rng_state(state, gpu)
             with suppress(SecondRunDone):
                 self.block(x, *self.rest)
-        if [t.shape for t in found] != self.shapes:
+        if [t.shape for t in saved] != self.shapes:
             raise RuntimeError(f"{type(self.block).__name__} saved other tensors when it was computed again: what it does "
                                "must not change between forward and backward (train() or eval(), a cache)")
-        return found
+        return saved
 
 
 def to_host(x):
-    """x in pinned host memory (the card can read and write it by itself: the copy runs beside the next kernels).
+    """x in the host's memory; x itself where there is one memory (a CPU, Apple's GPU).
 
-    On a CPU, and on Apple's chips, there is one memory: x itself.
+    The memory is pinned: the GPU reads and writes it by itself, so the copy runs beside the next kernels.
     """
-    if x.device.type != "cuda":
+    device = device_of(x.device)
+    if not device.own_memory:
         return x
-    host, copies = torch.empty_like(x, device="cpu", pin_memory=True), copy_stream(x.device)
+    if not x.is_cuda:  # a prediction: x stands for a GPU's tensor
+        return x.to(device.host)
+    host, copies = torch.empty_like(x, device=device.host, pin_memory=True), copy_stream(x.device)
     copies.wait_stream(torch.cuda.current_stream(x.device))  # until x is computed
     with torch.cuda.stream(copies):
         host.copy_(x, non_blocking=True)
@@ -115,6 +131,8 @@ def to_host(x):
 def to_device(x, device):
     if x.device == device:
         return x
+    if device.type != "cuda":
+        return x.to(device)
     torch.cuda.current_stream(device).wait_stream(copy_stream(device))  # until the copy out is complete
     return x.to(device, non_blocking=True)
 

@@ -2,6 +2,8 @@
 
 Parity on default initialisation proves little: norms of ones and biases of zeros hide a swapped or dropped tensor.
 """
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from ledger import predict  # noqa: E402
 from files import weights  # noqa: E402
+from ledger import ask  # noqa: E402
+from techniques.device import device_of, pretend  # noqa: E402
 
 NANO = ROOT / "assets" / "gpt2-nano"
 GPT2 = {"model_type": "gpt2", "vocab_size": 4096, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4,
@@ -78,13 +81,39 @@ def data_file(tmp_path):
     return make_data(tmp_path / "data.jsonl")
 
 
-REAL = predict.start, predict.answer
+class NoPredictor:
+    """In place of ask.Predictor: a process for each of hundreds of tiny runs would take 4 seconds each."""
+
+    def ask(self, cfg, steps):
+        return self
+
+    def answer(self):
+        return {"error": "left out in the tests"}
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+REAL_PREDICTOR = ask.Predictor
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_prediction():
-    """A child process for each of hundreds of tiny runs would take 4 seconds each. test_predict.py has it as it is."""
+    """test_predict.py has the prediction as it is."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(predict, "start", lambda cfg, micro_batches: "nobody")
-        m.setattr(predict, "answer", lambda child: {"error": "left out in the tests"})
+        m.setattr(ask, "Predictor", NoPredictor)
         yield
+
+
+@pytest.fixture
+def on_device():
+    """on_device(half=torch.float16, ...): until the test ends, the CPU is a device with these answers."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **answers: stack.enter_context(
+            pretend("cpu", dataclasses.replace(device_of("cpu"), rooms={}, **answers)))

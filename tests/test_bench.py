@@ -1,4 +1,4 @@
-"""bench.py in miniature. The rows' processes are stubbed, but for one real table at the end."""
+"""The bench in miniature. The rows' processes are stubbed, except for one real table at the end."""
 import argparse
 import json
 import subprocess
@@ -8,14 +8,14 @@ import matplotlib.image
 import pytest
 from conftest import ROOT, make_folder
 
-import bench
+import bench.__main__ as bench
 import memory
-from run import options as options_
-from bench import plots
-from bench import tables
 import train
-from files import weights
+from bench import plots, tables
 from errors import UserError
+from files import weights
+from run import options as options_
+from techniques import lora_init, optim
 
 
 def a_run(peak=100_000_000, speed=500.0, gpu=False, predicted=0.98, **more) -> dict:
@@ -237,7 +237,7 @@ def test_every_row_is_a_configuration_that_train_accepts_and_predict_covers_the_
     seen = [vars(train.parse(options.split())) for options in bench.PREDICT]
     for name, values in {"bits": (None, 32, 8, 4), "amp": (0, 1), "ckpt_every": (0, 1, 2), "ckpt_offload": (0, 1),
                          "pack": (0, 1), "full": (0, 1), "lora_targets": (None, "all"), "lora_dropout": (0, 0.1),
-                         "optimizer": train.OPTIMIZERS, "lora_init": train.lorainit.INITS}.items():
+                         "optimizer": optim.OPTIMIZERS, "lora_init": lora_init.INITS}.items():
         assert {x[name] for x in seen} == set(values), name
     for name in ("batch_size", "max_length", "grad_accum"):
         assert len({x[name] for x in seen}) > 1
@@ -262,13 +262,13 @@ def test_a_command_has_the_options_of_its_program(monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "x")
     monkeypatch.setattr(subprocess, "run", run)
     settings = {"data": "d.json", "steps": 7, "device": "cpu", "extra": ["--max-length", "64"]}
-    for program in ("train.py", "peer.py"):
+    for program in ("train.py", tables.PEER):
         with pytest.raises(bench.RunFailed):
             bench.run_one({"name": "x", "model": "m", "options": "--amp", "program": program}, settings)
     ours, theirs = ([c[0] == sys.executable, *c[1:]] for c in commands)
     same = ["--model", "m", "--amp", "--data", "d.json", "--steps", "7", "--device", "cpu"]
     assert ours[:-1] == [True, str(ROOT / "train.py"), *same, "--samples", "0", "--max-length", "64", "--out"]
-    assert theirs == [True, str(ROOT / "peer.py"), *same]
+    assert theirs == [True, "-m", "bench.transformers_peft", *same]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -302,7 +302,7 @@ def test_every_bench_leaves_a_table_a_record_and_a_picture(name, gpu, started, t
     started.answer = lambda row: a_run(peak_of(row), gpu=gpu)
     assert bench.main([name, "--repeat", "2", "--out", str(tmp_path)])
     doc, text = document(tmp_path, name), (tmp_path / f"{name}-gpt2-nano.md").read_text()
-    assert doc["finished"] and doc["command"].startswith(f"python bench.py {name} --repeat 2") and doc["command"] in text
+    assert doc["finished"] and doc["command"].startswith(f"python -m bench {name} --repeat 2") and doc["command"] in text
     assert doc["about"]["machine"] in text and "cores" in doc["about"]["machine"]
     versions = doc["about"]["versions"]
     assert versions["torch"] == bench.torch.__version__ and ("peft" in versions) == (name == "peers")
@@ -350,11 +350,11 @@ def test_the_peer_runs_the_job(gpt2_folder, data_file, monkeypatch):
     pytest.importorskip("peft")
     import runs
 
-    from bench import peer
+    from bench import transformers_peft
     args = argparse.Namespace(model=str(gpt2_folder), data=str(data_file), steps=3, batch_size=4, max_length=128,
                               lr=1e-3, amp=True, bits=None, device="cpu")
     monkeypatch.setattr(train.data, "split", lambda rows, fraction, seed: (rows[4:], rows[:4]))  # 1 % of 40 rows is none
-    result = peer.main(args)
+    result = transformers_peft.main(args)
     assert len(result["losses"]) == 3 and result["losses"][0] == result["loss"]["first"] and result["examples_per_s"] > 0
     assert set(result["memory"]) == set(a_run()["memory"])
     # the same start, the same rows held out: before a step there is no difference in the loss but bfloat16's
@@ -363,12 +363,12 @@ def test_the_peer_runs_the_job(gpt2_folder, data_file, monkeypatch):
                         lora_targets="c_attn", batch_size=4)
     runs.no_picture(monkeypatch)
     summary = train.main(mine)
-    assert peer.main(args)["loss"]["val_after"] == pytest.approx(summary["loss"]["val_before"], abs=0.02)
+    assert transformers_peft.main(args)["loss"]["val_after"] == pytest.approx(summary["loss"]["val_before"], abs=0.02)
     assert result["params"]["trainable"] == summary["params"]["trainable"]
 
 
 def test_without_the_peers_packages_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.delitem(sys.modules, "peer", raising=False)
-    with pytest.raises(SystemExit, match="^error: peer.py needs peft, .*requirements-dev.txt$"):
-        from bench import peer  # noqa: F401
+    monkeypatch.delitem(sys.modules, "bench.transformers_peft", raising=False)
+    with pytest.raises(SystemExit, match="^error: bench/transformers_peft.py needs peft, .*requirements-dev.txt$"):
+        from bench import transformers_peft  # noqa: F401

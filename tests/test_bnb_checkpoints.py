@@ -12,9 +12,8 @@ from test_quant import FAMILIES, IDS, WIDE, assert_same_state, low_bit, state
 from test_weights import edit, edit_config
 
 import generate
-import lora
-from files import weights
 from errors import UserError
+from files import peft_files, weights
 
 KINDS = {  # name -> BitsAndBytesConfig, save_pretrained's options, bits
     "nf4-double": (dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True), {}, 4),
@@ -188,7 +187,7 @@ def test_an_adapter_trained_on_4_bit_weights_in_peft_over_bitsandbytes(family, p
     with torch.no_grad():
         before = exact(IDS).logits
         theirs = peft.PeftModel.from_pretrained(exact, tmp_path / "out" / "adapter").eval()(IDS).logits
-        ours = lora.load(weights.load(place.root / family, bits=4), tmp_path / "out" / "adapter").float().eval()(IDS)
+        ours = peft_files.load(weights.load(place.root / family, bits=4), tmp_path / "out" / "adapter").float().eval()(IDS)
         low = hf_dequantised(place(family, "nf4-double"))[0]  # and over its own low-bit layers, in bfloat16
         half = peft.PeftModel.from_pretrained(low, tmp_path / "out" / "adapter").eval()(IDS).logits.float()
     assert (ours - theirs).abs().max() < 3e-5 * theirs.std()

@@ -17,11 +17,11 @@ from conftest import GPT2, LLAMA, ROOT, make_data, make_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import export
 import generate
-import lora
 import train
-from files import weights
 from errors import UserError
+from files import peft_files, weights
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_generate(case, place):
 
 def test_adapter_of_another_family(place, tmp_path):
     with pytest.raises(UserError) as e:
-        lora.load(weights.load(make_folder(tmp_path / "llama", "llama")), place / "run" / "adapter")
+        peft_files.load(weights.load(make_folder(tmp_path / "llama", "llama")), place / "run" / "adapter")
     check(str(e.value), "tensor base_model.model.transformer.h.0.attn.c_attn.lora_[AB].weight has no place in this model")
 
 
@@ -218,7 +218,7 @@ def test_adapter_of_another_family(place, tmp_path):
 def test_merge(words, says, place):
     words = [str(place / "none") if w == "none" else w for w in arguments(words.split(), place)]
     with pytest.raises(UserError) as e:
-        lora.main(["merge", *words])
+        export.main(["merge", *words])
     check(str(e.value), says)
 
 
@@ -236,7 +236,8 @@ def command(place, words, **more):
     (["train.py", *BASE, "--data", "broken.jsonl"], "broken.jsonl:3: broken JSON"),
     (["generate.py", "--model", "gpt5", "--prompt", "hi"], "--model gpt5: no such folder"),
     (["generate.py", "--model", "windowed", "--prompt", "hi"], "windowed/config.json: option 'sliding_window'"),
-    (["lora.py", "merge", "--model", "good", "--adapter", "run/adapter", "--out", "occupied"], "occupied exists and is not"),
+    (["export.py", "merge", "--model", "good", "--adapter", "run/adapter", "--out", "occupied"],
+     "occupied exists and is not"),
 ])
 def test_true_runs(words, says, place):
     p = command(place, words)
@@ -271,7 +272,7 @@ def test_the_good_ones_work(place, tmp_path, capsys):
     """The same inputs without the flaw go through, so that the cases above fail for the flaw."""
     both = arguments(["--model", "good", "--adapter", "run/adapter"], place)
     generate.main([*both, "--prompt", "hi", "--max-new-tokens", "2"])
-    lora.main(["merge", *both, "--out", str(tmp_path / "m")])
+    export.main(["merge", *both, "--out", str(tmp_path / "m")])
     merged = load_file(tmp_path / "m" / "model.safetensors")
     assert merged.keys() == load_file(place / "good" / "model.safetensors").keys()
     assert all(torch.isfinite(t).all() for t in merged.values())

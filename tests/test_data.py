@@ -11,10 +11,10 @@ from test_tokenizers import byte_level, corpus, llama2_json, train_sentencepiece
 
 import data
 import generate
-from files import hub
 import train
-from techniques.loss import IGNORE
 from errors import UserError
+from files import hub
+from techniques.loss import IGNORE
 
 EOS = "<|endoftext|>"
 INTRO = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
@@ -249,7 +249,7 @@ def test_chat_templates_equal_transformers(tokenizers_by_name, name, template):
         asked = hf.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         assert data.render(template, messages[:-1], ours, prompt=True) == asked
 
-        pieces = data.segments(messages, template, ours)
+        pieces = data.learned_pieces(messages, template, ours)
         joined = "".join(t for t, _ in pieces)
         assert text.startswith(joined) and not text[len(joined):].strip()  # the end token is the last thing learned
         ids, learned = data.tokenize(pieces, ours, bos=False)

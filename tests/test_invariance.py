@@ -24,9 +24,9 @@ import torch
 from conftest import make_data, make_folder
 from runs import no_picture, run, steps, timeless
 
-from techniques import recompute
-from techniques import loss
 import train
+from techniques import recompute
+from techniques.device import device_of
 from techniques.optim import OPTIMIZERS
 
 REFERENCE = Path(__file__).parent / "reference" / "trajectories.json"
@@ -113,10 +113,10 @@ def test_an_equivalent_configuration_follows(case, options):
 
 
 @pytest.mark.parametrize("positions", [1, 30])
-def test_the_chunks_of_the_loss_do_not_matter(case, positions, monkeypatch):
+def test_the_chunks_of_the_loss_do_not_matter(case, positions, on_device):
     wanted = case.trajectory()  # with all labelled positions of a micro-batch in one chunk
-    assert max(x["tokens"] for x in wanted) < loss.CHUNK_LOGITS // 4096
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", positions * 4096)
+    assert max(x["tokens"] for x in wanted) < device_of("cpu").logits_chunk // 4096
+    on_device(logits_chunk=positions * 4096)
     assert_follows(case.run(), wanted)
 
 
@@ -131,8 +131,8 @@ def test_recomputed_layers_follow_and_draw_the_same_dropout(case, ckpt_every):
 
 
 def test_recomputed_layers_whose_inputs_left_the_device_follow(case, monkeypatch):
-    monkeypatch.setattr(checkpoint, "to_host", lambda x: (x.float().numpy(force=True).copy(), x.dtype))  # a card's host
-    monkeypatch.setattr(checkpoint, "to_device", lambda x, device: torch.from_numpy(x[0]).to(x[1]))
+    monkeypatch.setattr(recompute, "to_host", lambda x: (x.float().numpy(force=True).copy(), x.dtype))  # a card's host
+    monkeypatch.setattr(recompute, "to_device", lambda x, device: torch.from_numpy(x[0]).to(x[1]))
     assert_follows(case.run(**case.dropout, ckpt_every=1, ckpt_offload=True), case.trajectory(**case.dropout))
 
 

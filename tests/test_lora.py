@@ -8,10 +8,11 @@ import torch
 from conftest import ROOT, make_folder
 from safetensors.torch import load_file, save_file
 
+import export
 import lora
-from techniques import loss
-from files import weights
 from errors import UserError
+from files import peft_files, weights
+from techniques import loss
 
 FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
 IDS = torch.randint(0, 4096, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -134,15 +135,15 @@ TO_PEFT = [
 
 @pytest.mark.parametrize(("kind", "options"), TO_PEFT, ids=str)
 def test_our_adapter_in_peft_and_back(folders, tmp_path, kind, options):
-    """PITFALLS 22, 23: GPT-2's transposed weights, the scale, q and v thirds as one adapter."""
+    """litgpt#629, peft#3531: GPT-2's transposed weights, the scale, q and v thirds as one adapter."""
     peft = pytest.importorskip("peft")
     ours = adapted(folders[kind], **options)
-    lora.save(ours, tmp_path)
+    peft_files.save(ours, tmp_path)
     base = hf_model(folders[kind])
     before = logits(base)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     assert_same(logits(theirs), logits(ours), before)
-    back = lora.load(weights.load(folders[kind]), tmp_path)
+    back = peft_files.load(weights.load(folders[kind]), tmp_path)
     assert_same(logits(back), logits(ours))
     assert all(back.get_submodule(n).scale == pytest.approx(m.scale) for n, m in lora.adapters(ours).items())
 
@@ -167,20 +168,20 @@ def test_peft_adapter_in_ours(folders, tmp_path, family, options):
     before = logits(base)
     theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=10, **options))
     randomise_adapters(theirs).save_pretrained(tmp_path, save_embedding_layers=False)  # of lm_head: A and B, not W too
-    ours = lora.load(weights.load(folders[family]), tmp_path)
+    ours = peft_files.load(weights.load(folders[family]), tmp_path)
     assert_same(logits(ours), logits(theirs), before)
     assert {m.dropout for m in lora.adapters(ours).values()} == {options.get("lora_dropout", 0.0)}
     assert all(p.requires_grad == ("lora_" in n) for n, p in ours.named_parameters())
-    lora.save(ours, tmp_path / "again")
-    assert_same(logits(lora.load(weights.load(folders[family]), tmp_path / "again")), logits(ours))
+    peft_files.save(ours, tmp_path / "again")
+    assert_same(logits(peft_files.load(weights.load(folders[family]), tmp_path / "again")), logits(ours))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_scale_survives(folders, tmp_path, rslora):
-    """PITFALLS 22: r, alpha, dropout and rsLoRA of every layer come back, for q and v thirds too."""
+    """litgpt#629: r, alpha, dropout and rsLoRA of every layer come back, for q and v thirds too."""
     before = adapted(folders["gpt2"], r=3, alpha=11, dropout=0.2, rslora=rslora)
-    lora.save(before, tmp_path)
-    after = lora.load(weights.load(folders["gpt2"]), tmp_path)
+    peft_files.save(before, tmp_path)
+    after = peft_files.load(weights.load(folders["gpt2"]), tmp_path)
     for name, a in lora.adapters(before).items():
         b = lora.adapters(after)[name]
         assert (b.r, b.parts, b.rslora, b.dropout) == (3, ("q", "v"), rslora, 0.2)
@@ -190,16 +191,16 @@ def test_scale_survives(folders, tmp_path, rslora):
 
 
 def test_reload_in_a_fresh_process(folders, tmp_path):
-    """PITFALLS 20: an adapter file with nothing in it."""
+    """qlora#44: an adapter file with nothing in it."""
     code = ("import sys, torch, lora, weights\n"
             "*pairs, out = sys.argv[1:]\n"
             "ids = torch.load(out)\n"
-            "models = [lora.load(weights.load(m), a) for m, a in zip(pairs[::2], pairs[1::2])]\n"
+            "models = [peft_files.load(weights.load(m), a) for m, a in zip(pairs[::2], pairs[1::2])]\n"
             "torch.save([m.eval()(ids).detach() for m in models], out)")
     pairs, wanted = [], []
     for family in ("gpt2", "llama", "phi"):
         model = adapted(folders[family])
-        lora.save(model, tmp_path / family)
+        peft_files.save(model, tmp_path / family)
         pairs += [folders[family], tmp_path / family]
         wanted.append((logits(model), logits(weights.load(folders[family]))))
     torch.save(IDS, tmp_path / "io.pt")
@@ -235,14 +236,14 @@ def longer(t, key):
 ])
 @pytest.mark.parametrize("kind", ["A", "B"])
 def test_damaged_adapter_is_refused(folders, tmp_path, damage, named, kind):
-    """PITFALLS 21: strict both ways, naming the tensor."""
-    lora.save(adapted(folders["llama"]), tmp_path)
+    """peft#1678: strict both ways, naming the tensor."""
+    peft_files.save(adapted(folders["llama"]), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     damage(tensors, KEY.format(kind))
     save_file(tensors, file)
     with pytest.raises(UserError) as e:
-        lora.load(weights.load(folders["llama"]), tmp_path)
+        peft_files.load(weights.load(folders["llama"]), tmp_path)
     assert named in str(e.value) and file.name in str(e.value)
 
 
@@ -256,30 +257,30 @@ def edit_config(folder, **changes):
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 5}, "rank"),
 ])
 def test_adapter_config_that_cannot_be_honoured_is_refused(folders, tmp_path, changes, named):
-    lora.save(adapted(folders["llama"]), tmp_path)
+    peft_files.save(adapted(folders["llama"]), tmp_path)
     edit_config(tmp_path, **changes)
     with pytest.raises(UserError, match=named):
-        lora.load(weights.load(folders["llama"]), tmp_path)
+        peft_files.load(weights.load(folders["llama"]), tmp_path)
 
 
 def test_layer_of_the_config_without_tensors_is_refused(folders, tmp_path):
-    """PITFALLS 21: a whole layer's adapter lost on the way."""
-    lora.save(adapted(folders["llama"]), tmp_path)
+    """peft#1678: a whole layer's adapter lost on the way."""
+    peft_files.save(adapted(folders["llama"]), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({k: t for k, t in load_file(file).items() if "layers.1.self_attn.q_proj" not in k}, file)
     with pytest.raises(UserError, match="layers.1.self_attn.q_proj"):
-        lora.load(weights.load(folders["llama"]), tmp_path)
+        peft_files.load(weights.load(folders["llama"]), tmp_path)
 
 
 def test_adapter_of_another_model_is_refused(folders, tmp_path):
-    lora.save(adapted(folders["gpt2"]), tmp_path)
+    peft_files.save(adapted(folders["gpt2"]), tmp_path)
     with pytest.raises(UserError, match="c_attn"):
-        lora.load(weights.load(folders["llama"]), tmp_path)
+        peft_files.load(weights.load(folders["llama"]), tmp_path)
 
 
 def test_nothing_to_save(folders, tmp_path):
     with pytest.raises(UserError, match="no adapters"):
-        lora.save(weights.load(folders["llama"]), tmp_path)
+        peft_files.save(weights.load(folders["llama"]), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- merging
@@ -289,7 +290,7 @@ def test_nothing_to_save(folders, tmp_path):
     ("llama", {"targets": ["lm_head"]}), ("phi", {"targets": "all"}), ("phi", {"targets": ["lm_head"]}),
 ], ids=["gpt2", "gpt2-all", "llama-all", "tied", "lm_head", "phi-all", "phi-lm_head"])
 def test_merge_is_exact_and_idempotent(folders, kind, options):
-    """PITFALLS 24."""
+    """LoRA#34."""
     model, base = adapted(folders[kind], **options), logits(weights.load(folders[kind]))
     before = logits(model)
     for _ in range(2):
@@ -298,7 +299,7 @@ def test_merge_is_exact_and_idempotent(folders, kind, options):
 
 
 def test_eval_and_train_do_not_merge(folders):
-    """PITFALLS 24: merging as a side effect of eval()."""
+    """LoRA#34: merging as a side effect of eval()."""
     model = adapted(folders["llama"])
     before = {n: p.clone() for n, p in model.named_parameters()}
     for mode in (False, True, False, False, True, True):
@@ -317,15 +318,15 @@ def test_merge_into_16_bit_is_refused(folders, family):
 
 @pytest.mark.parametrize(("kind", "targets"), [("gpt2", None), ("tied llama", "all"), ("phi", "all"), ("phi", ["lm_head"])])
 def test_merge_command(folders, tmp_path, kind, targets):
-    """PITFALLS 26: the merged model, tied head and all, here and in transformers; GPT-2's as typed in a shell."""
+    """peft#2018: the merged model, tied head and all, here and in transformers; GPT-2's as typed in a shell."""
     model = adapted(folders[kind], targets=targets)
-    lora.save(model, tmp_path / "adapter")
+    peft_files.save(model, tmp_path / "adapter")
     out = tmp_path / "merged"
     argv = ["merge", "--model", str(folders[kind]), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]
     if kind == "gpt2":  # a fresh process costs seconds
-        subprocess.run([sys.executable, "lora.py", *argv], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "export.py", *argv], cwd=ROOT, check=True)
     else:
-        lora.main(argv)
+        export.main(argv)
     merged = load_file(out / "model.safetensors")
     assert ("lm_head.weight" in merged) == ("lm_head.bias" in merged) == (kind == "phi") and (out / "merges.txt").is_file()
     base = logits(weights.load(folders[kind]))
@@ -335,11 +336,11 @@ def test_merge_command(folders, tmp_path, kind, targets):
 
 @pytest.mark.parametrize("kind", ["gpt2", "tied llama"])
 def test_merge_unties_an_adapted_head(folders, tmp_path, kind):
-    """PITFALLS 26: an adapter of the head alone must not be merged into the embedding that shares its matrix."""
+    """peft#2018: an adapter of the head alone must not be merged into the embedding that shares its matrix."""
     model = adapted(folders[kind], targets=["lm_head"])
-    lora.save(model, tmp_path / "adapter")
+    peft_files.save(model, tmp_path / "adapter")
     out = tmp_path / "merged"
-    lora.main(["merge", "--model", str(folders[kind]), "--adapter", str(tmp_path / "adapter"), "--out", str(out)])
+    export.main(["merge", "--model", str(folders[kind]), "--adapter", str(tmp_path / "adapter"), "--out", str(out)])
     embedding = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
     merged, base = load_file(out / "model.safetensors"), load_file(folders[kind] / "model.safetensors")
     assert torch.equal(merged[embedding], base[embedding])
@@ -351,12 +352,12 @@ def test_merge_unties_an_adapted_head(folders, tmp_path, kind):
 
 def test_merge_command_in_16_bit_and_into_an_existing_folder(folders, tmp_path):
     adapter, out = tmp_path / "adapter", tmp_path / "merged"
-    lora.save(adapted(folders["llama"]), adapter)
+    peft_files.save(adapted(folders["llama"]), adapter)
     argv = ["merge", "--model", str(folders["llama"]), "--adapter", str(adapter), "--out", str(out)]
-    lora.main([*argv, "--dtype", "bfloat16"])
+    export.main([*argv, "--dtype", "bfloat16"])
     assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     with pytest.raises(UserError, match="not empty"):
-        lora.main(argv)
+        export.main(argv)
 
 
 # ---------------------------------------------------------------------------------------------- precision and dropout
@@ -376,18 +377,18 @@ def train(model, lr, steps):
 
 @FAMILIES
 def test_adapters_are_float32_over_16_bit_weights(folders, tmp_path, family):
-    """PITFALLS 16: injected and loaded alike."""
+    """peft#1706: injected and loaded alike."""
     model = adapted(folders[family], bits=16)
-    lora.save(model, tmp_path)
-    for m in (model, lora.load(weights.load(folders[family], bits=16), tmp_path)):
+    peft_files.save(model, tmp_path)
+    for m in (model, peft_files.load(weights.load(folders[family], bits=16), tmp_path)):
         assert {p.dtype for n, p in m.named_parameters() if "lora_" in n} == {torch.float32}
         assert {p.dtype for n, p in m.named_parameters() if "lora_" not in n} == {torch.bfloat16}
     assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
 
 
-def test_fp16_gradients_can_be_unscaled(folders, monkeypatch):
-    """PITFALLS 16: "Attempting to unscale FP16 gradients"."""
-    monkeypatch.setattr(weights, "half_dtype", lambda device: torch.float16)
+def test_fp16_gradients_can_be_unscaled(folders, on_device):
+    """peft#1706: "Attempting to unscale FP16 gradients"."""
+    on_device(half=torch.float16)
     model = adapted(folders["gpt2"], bits=16)
     assert model.wte.weight.dtype == torch.float16
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -402,7 +403,7 @@ def test_fp16_gradients_can_be_unscaled(folders, monkeypatch):
 @FAMILIES
 @pytest.mark.parametrize("bits", [16, 32])
 def test_tiny_updates_arrive(folders, family, bits):
-    """PITFALLS 18: weights held in bfloat16 would swallow an update of 1e-6."""
+    """VersatIL#5: weights held in bfloat16 would swallow an update of 1e-6."""
     model = adapted(folders[family], bits=bits, targets="all")
     before = {n: p.clone() for n, p in model.named_parameters()}
     train(model, lr=1e-6, steps=1)
@@ -421,7 +422,7 @@ def test_training_with_adapters_lowers_the_loss(folders, family):
 
 @FAMILIES
 def test_dropout_is_on_in_training_and_off_in_evaluation(folders, family):
-    """PITFALLS 29."""
+    """nanoGPT#240."""
     model, plain = adapted(folders[family], dropout=0.5), adapted(folders[family], dropout=0.0)
     assert torch.equal(logits(model), logits(model)) and torch.equal(logits(model), logits(plain))
     model.train()

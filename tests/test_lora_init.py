@@ -1,4 +1,4 @@
-"""lorainit.py and merging.py: the starts against linalg.svd and PEFT, files, resuming, and merging over few bits."""
+"""lora_init.py and merging.py: the starts against linalg.svd and PEFT, files, resuming, and merging over few bits."""
 import json
 import re
 import shutil
@@ -13,14 +13,13 @@ from runs import lines, no_picture, options, run, timeless
 from safetensors.torch import load_file
 from test_lora import IDS, MERGED, assert_same, hf_model, logits, randomise_adapters
 
+import export
 import lora
-from techniques import lora_init
 import memory
-from files import merging
-from techniques import quant
 import train
-from files import weights
 from errors import UserError
+from files import merging, peft_files, weights
+from techniques import lora_init, quant
 
 KINDS = [("gpt2", {}), ("gpt2", {"targets": "all", "rslora": True}), ("llama", {"targets": "all"}), ("phi", {}),
          ("tied llama", {"targets": ["q_proj", "lm_head"], "rslora": True})]
@@ -76,7 +75,7 @@ def test_best_approximation_is_linalg_svds(shape, spectrum):
     R = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if spectrum == "decaying":
         R = R * 0.9 ** torch.arange(shape[1])
-    U, S, Vt = lorainit.best(R, 4)
+    U, S, Vt = lora_init.best(R, 4)
     true = torch.linalg.svdvals(R.double())
     k = min(4, *shape)
     assert U.shape == (shape[0], k) and Vt.shape == (k, shape[1])
@@ -167,7 +166,7 @@ def test_weights_without_any_rounding_error_can_still_learn(folders, tmp_path):
 
 def test_the_starts_take_no_random_numbers(folders):
     after = []
-    for init in lorainit.INITS:
+    for init in lora_init.INITS:
         torch.manual_seed(3)
         start(folders["llama"], init, 4)
         after.append(torch.rand(3))
@@ -220,20 +219,20 @@ def test_a_damaged_weight_is_named(folders, tmp_path):
 # ---------------------------------------------------------------------------------------------- files
 
 def test_reload_in_a_fresh_process(folders, tmp_path):
-    """PITFALLS 20, 22, 28: the same codes, the same adapter, the same logits."""
+    """qlora#44, litgpt#629, bitsandbytes#1946: the same codes, the same adapter, the same logits."""
     code = ("import sys, torch, lora, weights\n"
             "out = sys.argv[1]\n"
             "jobs, ids = torch.load(out)\n"
             "got = []\n"
             "for folder, bits, adapter in jobs:\n"
-            "    model = lora.load(weights.load(folder, bits=bits), adapter)\n"
+            "    model = peft_files.load(weights.load(folder, bits=bits), adapter)\n"
             "    with torch.no_grad():\n"
             "        got.append((model.eval()(ids), {n: t for n, t in model.state_dict().items()}))\n"
             "torch.save(got, out)")
     jobs, wanted = [], []
     for i, ((init, bits), (kind, more)) in enumerate((s, k) for s in STARTS for k in KINDS):
         model = learn(start(folders[kind], init, bits, **more))
-        lora.save(model, tmp_path / str(i))
+        peft_files.save(model, tmp_path / str(i))
         jobs.append((str(folders[kind]), bits, str(tmp_path / str(i))))
         wanted.append((logits(model), {n: t.clone() for n, t in model.state_dict().items()}))
     torch.save((jobs, IDS), tmp_path / "io.pt")
@@ -251,15 +250,15 @@ def test_pissa_is_saved_over_the_original_weights(folders, tmp_path, kind, more)
     """For PEFT and everybody: twice the rank, [B, -B0] [A; A0], on the plain checkpoint."""
     peft = pytest.importorskip("peft")
     ours = learn(start(folders[kind], "pissa", 32, **more))
-    lora.save(ours, tmp_path)
+    peft_files.save(ours, tmp_path)
     base = hf_model(folders[kind])
     before = logits(base)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     assert_same(logits(theirs), logits(ours), before, MERGED)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == 6 * len(next(iter(lora.adapters(ours).values())).lora_B)
-    back = lora.load(weights.load(folders[kind]), tmp_path)
-    lora.save(back, tmp_path / "again")
+    back = peft_files.load(weights.load(folders[kind]), tmp_path)
+    peft_files.save(back, tmp_path / "again")
     tensors, again = (load_file(at / "adapter_model.safetensors") for at in (tmp_path, tmp_path / "again"))
     assert tensors.keys() == again.keys() and all(torch.equal(tensors[k], again[k]) for k in tensors)
     again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
@@ -268,36 +267,36 @@ def test_pissa_is_saved_over_the_original_weights(folders, tmp_path, kind, more)
 
 def test_loftq_is_saved_as_it_is_and_bound_to_its_bits(folders, tmp_path):
     model = learn(start(folders["gpt2"], "loftq", 4))
-    lora.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     for name, m in lora.adapters(model).items():
         key = f"base_model.model.transformer.{name}.lora_"
         assert torch.equal(tensors[f"{key}A.weight"], m.lora_A) and torch.equal(tensors[f"{key}B.weight"], m.B())
-    assert lora.trained_with(tmp_path) == ("loftq", 4)
+    assert peft_files.trained_with(tmp_path) == ("loftq", 4)
     for bits in (32, 16, 8):
         with pytest.raises(UserError, match=r"--bits 4, or merge"):
-            lora.load(weights.load(folders["gpt2"], bits=bits), tmp_path)
+            peft_files.load(weights.load(folders["gpt2"], bits=bits), tmp_path)
     (tmp_path / "start.safetensors").unlink()
     with pytest.raises(UserError, match=r"start.safetensors: the file is missing"):
-        lora.load(weights.load(folders["gpt2"], bits=4), tmp_path)
+        peft_files.load(weights.load(folders["gpt2"], bits=4), tmp_path)
 
 
 def test_pissa_needs_the_original_weights_again(folders, tmp_path):
     model = learn(start(folders["llama"], "pissa", 4))
-    lora.save(model, tmp_path / "adapter")
+    peft_files.save(model, tmp_path / "adapter")
     plain = weights.load(folders["llama"], bits=4)
     plain.source = str(stored_in_4_bits(folders["llama"], tmp_path / "m"))
     with pytest.raises(UserError, match="full precision"):
-        lora.load(plain, tmp_path / "adapter")
+        peft_files.load(plain, tmp_path / "adapter")
     assert not lora.adapters(plain)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_pissa_over_other_bits_is_the_same_model_but_for_the_rounding(folders, tmp_path, bits):
     model = learn(start(folders["llama"], "pissa", 4))
-    lora.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     merged = merging.Merge(str(folders["llama"]), str(tmp_path))
-    other = lora.load(weights.load(folders["llama"], bits=bits), tmp_path)
+    other = peft_files.load(weights.load(folders["llama"], bits=bits), tmp_path)
     for name, m in lora.adapters(other).items():
         got, wanted = held(m.base_layer) + m.delta(), merged.merged(f"{name}.weight")
         assert (got - wanted).abs().max() < (1e-5 if bits == 32 else 0.02 * wanted.abs().max())
@@ -309,8 +308,8 @@ def test_bits_are_recorded_and_generate_takes_them(folders, tmp_path, monkeypatc
     monkeypatch.setattr(weights, "load", lambda name, bits, device: seen.append(bits) or load(name, bits, device))
     for bits, given in ((4, []), (8, []), (16, []), (32, []), (4, ["--bits", "16"])):
         model = randomise_adapters(lora.inject(load(folders["llama"], bits=bits)))
-        lora.save(model, tmp_path / f"{bits}")
-        assert lora.trained_with(tmp_path / f"{bits}") == ("default", bits)
+        peft_files.save(model, tmp_path / f"{bits}")
+        assert peft_files.trained_with(tmp_path / f"{bits}") == ("default", bits)
         generate.main(["--model", str(folders["llama"]), "--adapter", str(tmp_path / f"{bits}"), "--prompt", "a",
                        "--max-new-tokens", "2", *given])
     assert seen == [4, 8, 32, 32, 16]
@@ -320,31 +319,31 @@ def test_bits_are_recorded_and_generate_takes_them(folders, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("family", "init", "bits"), [("gpt2", "loftq", 4), ("llama", "pissa", 4), ("gpt2", "pissa", 32)])
 def test_twenty_steps_are_ten_and_resume_and_ten(folders, tmp_path, monkeypatch, family, init, bits):
-    """PITFALLS 27: bit for bit; the base is rebuilt from the start in the state."""
+    """nanoGPT#467: bit for bit; the base is rebuilt from the start in the state."""
     no_picture(monkeypatch)
     rows = make_data(tmp_path / "data.jsonl")
     common = dict(steps=20, lr=1e-2, batch_size=2, save_every=10, eval_every=10, lora_dropout=0.25, lora_init=init,
                   bits=bits, amp=bits < 32)
     run(tmp_path / "whole", folders[family], rows, **common)
-    calls, step = count(1), train.Run.train_step
+    calls, step = count(1), train.train_step
 
-    def stop(self):
+    def stop(*args):
         if next(calls) == 14:
             raise KeyboardInterrupt
-        return step(self)
+        return step(*args)
 
     with monkeypatch.context() as m:
-        m.setattr(train.Run, "train_step", stop)
+        m.setattr(train, "train_step", stop)
         with pytest.raises(KeyboardInterrupt):
             train.main(options(tmp_path / "cut", folders[family], rows, **common))
     with monkeypatch.context() as m:
-        m.setattr(lorainit, "best", None)  # the start is read, not found anew
+        m.setattr(lora_init, "best", None)  # the start is read, not found anew
         train.main(train.TrainConfig(out=str(tmp_path / "cut"), resume=True))
     for file in ("adapter/adapter_model.safetensors", "state/state.safetensors"):
         got, wanted = load_file(tmp_path / "cut" / file), load_file(tmp_path / "whole" / file)
         assert got.keys() == wanted.keys() and all(torch.equal(got[k], wanted[k]) for k in wanted)
     assert timeless(lines(tmp_path / "cut")) == timeless(lines(tmp_path / "whole"))
-    first = lora.load(weights.load(folders[family], bits=bits), tmp_path / "whole" / "adapter")
+    first = peft_files.load(weights.load(folders[family], bits=bits), tmp_path / "whole" / "adapter")
     moved = [(m.delta() - m.start_delta()).abs().max() for m in lora.adapters(first).values()]
     assert min(moved) > 1e-3  # and it did learn
 
@@ -352,15 +351,15 @@ def test_twenty_steps_are_ten_and_resume_and_ten(folders, tmp_path, monkeypatch,
 # ---------------------------------------------------------------------------------------------- merging
 
 def merge(folder, adapter, out, *more):
-    lora.main(["merge", "--model", str(folder), "--adapter", str(adapter), "--out", str(out), *more])
+    export.main(["merge", "--model", str(folder), "--adapter", str(adapter), "--out", str(out), *more])
 
 
 @EVERY_KIND
 @pytest.mark.parametrize(("init", "bits"), [("default", 8), ("default", 4), ("default", 16), *STARTS])
 def test_merging_takes_the_full_weights_and_says_what_changed(folders, tmp_path, capsys, kind, more, init, bits):
-    """PITFALLS 25 (peft#2321): W + s (B A - B0 A0), and the two models' logits as the ordinary way computes them."""
+    """peft#2321: W + s (B A - B0 A0), and the two models' logits as the ordinary way computes them."""
     model = learn(start(folders[kind], init, bits, **more))
-    lora.save(model, tmp_path / "adapter")
+    peft_files.save(model, tmp_path / "adapter")
     merge(folders[kind], tmp_path / "adapter", tmp_path / "out")
     tensors, plain = load_file(tmp_path / "out" / "model.safetensors"), weights.load(folders[kind])
     for name, m in lora.adapters(model).items():
@@ -384,7 +383,7 @@ def test_merging_takes_the_full_weights_and_says_what_changed(folders, tmp_path,
     ids = torch.tensor([tokenizer.encode(merging.TEXT)])[:, :128]
     with torch.no_grad():
         after = weights.load(tmp_path / "out")(ids)
-        before = lora.load(weights.load(folders[kind], bits=bits), tmp_path / "adapter").float()(ids)
+        before = peft_files.load(weights.load(folders[kind], bits=bits), tmp_path / "adapter").float()(ids)
     said = capsys.readouterr().out.splitlines()[-1]
     found = re.fullmatch(r"logits differ from the model that was trained \((\d+) bit\) by at most (\S+) \(their standard "
                          r"deviation is (\S+)\); the most likely token is the same at (\d+) of (\d+) positions", said)
@@ -399,7 +398,7 @@ def test_merging_takes_the_full_weights_and_says_what_changed(folders, tmp_path,
 @pytest.mark.parametrize("kind", ["gpt2", "tied llama"])
 def test_shards(folders, tmp_path, monkeypatch, kind):
     targets = ["lm_head"] if kind == "tied llama" else None
-    lora.save(learn(start(folders[kind], "default", 4, targets=targets)), tmp_path / "adapter")
+    peft_files.save(learn(start(folders[kind], "default", 4, targets=targets)), tmp_path / "adapter")
     merge(folders[kind], tmp_path / "adapter", tmp_path / "one", "--dtype", "bfloat16")
     monkeypatch.setattr(merging, "SHARD", 20_000)
     merge(folders[kind], tmp_path / "adapter", tmp_path / "many", "--dtype", "bfloat16")
@@ -428,7 +427,7 @@ class Live(memory.Ledger):
 def test_merging_holds_a_shard_and_a_layer(tmp_path, monkeypatch):
     """Sixteen layers of 0.6 MB (float32) and a head of 4: never more than a few of them at a time."""
     folder = make_folder(tmp_path / "m", "llama", hidden_size=128, intermediate_size=256, num_hidden_layers=16)
-    lora.save(learn(start(folder, "pissa", 4, targets="all")), tmp_path / "adapter")
+    peft_files.save(learn(start(folder, "pissa", 4, targets="all")), tmp_path / "adapter")
     job = merging.Merge(str(folder), str(tmp_path / "adapter"))
     size = (folder / "model.safetensors").stat().st_size
     block, head = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256 + 256), 4 * 128 * 4096
@@ -446,10 +445,10 @@ def test_merging_holds_a_shard_and_a_layer(tmp_path, monkeypatch):
 
 def test_merging_into_rounded_weights_is_refused(folders, tmp_path):
     model = learn(start(folders["llama"], "default", 4))
-    with pytest.raises(UserError, match=r"q_proj is held in 4 bit.* lora.py merge"):
+    with pytest.raises(UserError, match=r"q_proj is held in 4 bit.* export.py merge"):
         lora.merge(model)
     assert lora.adapters(model)
-    lora.save(model, tmp_path / "adapter")
+    peft_files.save(model, tmp_path / "adapter")
     stored = stored_in_4_bits(folders["llama"], tmp_path / "m")
     with pytest.raises(UserError, match="4 bit only.*give the model that it was made from"):
         merge(stored, tmp_path / "adapter", tmp_path / "out")
@@ -458,7 +457,7 @@ def test_merging_into_rounded_weights_is_refused(folders, tmp_path):
 
 def test_an_adapter_that_does_not_say_its_bits(folders, tmp_path, capsys):
     model = learn(start(folders["llama"], "default", 32))
-    lora.save(model, tmp_path / "adapter")
+    peft_files.save(model, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_tensors(file, load_file(file))  # as PEFT writes it
     merge(folders["llama"], tmp_path / "adapter", tmp_path / "out")

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora
-from techniques import loss
 from files import weights
+from techniques import loss
 
 B, T, C, V = 3, 11, 16, 53
 
@@ -86,7 +86,7 @@ def test_nothing_labelled():
 
 
 def test_sum_of_micro_batches():
-    """PITFALLS 1: a sum, never a mean, so that micro-batches with unequal numbers of labels add up."""
+    """transformers#34191: a sum, never a mean, so that micro-batches with unequal numbers of labels add up."""
     hidden, head, labels = problem()
     parts = sum(loss.sum_loss(h[None], head, y[None]) for h, y in zip(hidden, labels, strict=True))
     torch.testing.assert_close(parts, loss.sum_loss(hidden, head, labels))
@@ -117,12 +117,12 @@ def test_autocast_is_close_to_float32(dtype, weights_too):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_full_logits_never_exist(monkeypatch, frozen):
+def test_full_logits_never_exist(on_device, frozen):
     n, t, v = 4, 32, 300
     torch.manual_seed(0)
     hidden, head, labels = torch.randn(n, t, C, requires_grad=True), nn.Linear(C, v), torch.randint(0, v, (n, t))
     head.requires_grad_(not frozen)
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 16 * v)
+    on_device(logits_chunk=16 * v)
     with Largest() as ours:
         loss.sum_loss(hidden, head, labels).backward()
     with Largest() as plain:
@@ -132,9 +132,9 @@ def test_full_logits_never_exist(monkeypatch, frozen):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
-def test_training_step_never_makes_full_logits(tmp_path, monkeypatch, family):
+def test_training_step_never_makes_full_logits(tmp_path, on_device, family):
     model = lora.inject(weights.load(make_folder(tmp_path, family)), r=2)
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 8 * 4096)
+    on_device(logits_chunk=8 * 4096)
     ids = torch.randint(0, 4096, (2, 40))
     with Largest() as largest:
         loss.sum_loss(model.hidden(ids), model.head, ids).backward()
@@ -158,7 +158,7 @@ def test_head_with_an_adapter_trains(chunk, bias):
 
 
 def test_young_adapter_counts_over_a_16_bit_head():
-    """PITFALLS 18, for the head: W + delta rounded to bfloat16 is W again, and the loss stands still."""
+    """VersatIL#5, for the head: W + delta rounded to bfloat16 is W again, and the loss stands still."""
     torch.manual_seed(0)
     head = lora.LoRALinear(nn.Linear(64, 200, bias=False).requires_grad_(False).to(torch.bfloat16), 3, 6)
     hidden, labels = torch.randn(1, 1000, 64).bfloat16(), torch.randint(0, 200, (1, 1000))
@@ -186,7 +186,7 @@ def test_adapter_on_phis_head(tmp_path):
 
 
 def test_dropout_of_a_head_adapter():
-    """PITFALLS 29: on in training, off in evaluation, on the head too."""
+    """nanoGPT#240: on in training, off in evaluation, on the head too."""
     hidden, base, labels = problem()
     head = lora.LoRALinear(base, 3, 6, dropout=0.5)
     nn.init.normal_(head.lora_B[0])

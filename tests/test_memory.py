@@ -12,10 +12,10 @@ from torch import nn
 import data
 import generate
 import lora
-from techniques import loss
 import memory
-from files import weights
 from errors import UserError
+from files import weights
+from techniques import loss
 
 FAMILIES = ("gpt2", "llama", "phi")
 KB = 4 * 256  # a float32 tensor of 256 numbers
@@ -171,8 +171,8 @@ def step_under_ledger(model, amp=False) -> memory.Ledger:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recomputing_layers_lowers_the_activations(family, folders, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 4 * 4096)  # or the logits, not the layers, make the peak
+def test_recomputing_layers_lowers_the_activations(family, folders, on_device):
+    on_device(logits_chunk=4 * 4096)  # or the logits, not the layers, make the peak
     found = {}
     for n in (0, 1, 2, 3):
         model = lora.inject(weights.load(folders[family]))
@@ -244,11 +244,11 @@ def test_human(n, said):
     assert memory.human(n) == said
 
 
-def test_the_loss_never_holds_the_logits(monkeypatch):
+def test_the_loss_never_holds_the_logits(on_device):
     """256 positions x 4,096 words in float32 are 4 MB; in chunks of 16 the peak stays below a third of that."""
     head = nn.Linear(32, 4096, bias=False).requires_grad_(False)
     hidden, labels = torch.randn(1, 256, 32, requires_grad=True), torch.arange(256)[None]
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 16 * 4096)
+    on_device(logits_chunk=16 * 4096)
     with memory.Ledger(head) as ledger:
         loss.sum_loss(hidden, head, labels).backward()
     rows = 4 * 16 * 4096  # a chunk of logits; beside it, for a moment, what a comparison or a copy of it takes

@@ -8,16 +8,15 @@ import pytest
 import torch
 from conftest import randomise
 
-from techniques import attention
 import generate
 import gpt2
 import llama
 import lora
-from techniques import loss
 import memory
 import phi
-from files import weights
 from errors import UserError
+from files import weights
+from techniques import attention, loss
 
 REFERENCE = Path(__file__).parent / "reference"
 GPT2 = {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
@@ -205,7 +204,7 @@ def test_frozen_reference_logits(name):
 
 @FAMILIES
 def test_padded_batch_equals_single_examples(family):
-    """PITFALLS 10: padding must move neither positions nor logits."""
+    """nnsight#672: padding must move neither positions nor logits."""
     model, lengths = build(family), [5, 1, 17, 11]
     ids = token_ids(4, 17)
     for row, n in zip(ids, lengths, strict=True):
@@ -219,7 +218,7 @@ def test_padded_batch_equals_single_examples(family):
 @FAMILIES
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_padding_in_16_bit_gives_no_nan(family, dtype):
-    """PITFALLS 11: attention rows that see no key."""
+    """pytorch#103749: attention rows that see no key."""
     model, ids = build(family).to(dtype), token_ids(3, 16)
     labels = ids.clone()
     for i, n in enumerate([1, 7, 16]):
@@ -275,7 +274,7 @@ def textbook_attention(q, k, v, is_causal, enable_gqa):
 @pytest.mark.parametrize("kernel", ["PyTorch's", "textbook"])
 @pytest.mark.parametrize("ckpt_every", [0, 1])
 def test_phis_qk_beyond_float16(monkeypatch, held, kernel, ckpt_every):
-    """PITFALLS 14: |q . k| > 65,504 in float16, forward and backward, through whichever kernel."""
+    """transformers#28163: |q . k| > 65,504 in float16, forward and backward, through whichever kernel."""
     model, ids = phi_of_large_qk(), token_ids(2, 12)
     logits, gradients = logits_and_gradients(model, ids, torch.float32)
     assert logits.std() > 0.5 and all(g.any() for g in gradients)
@@ -370,7 +369,7 @@ def test_layer_norm_is_outside_autocast(family, dtype, monkeypatch):
 @pytest.mark.parametrize("rope", [LLAMA3 | {"original_max_position_embeddings": 8192}, {"rope_theta": 10000.0}],
                          ids=["llama3", "plain"])
 def test_rope_tables_stay_float32(rope, monkeypatch):
-    """PITFALLS 12: 16-bit tables drift at far positions."""
+    """gpt-neox#1003: 16-bit tables drift at far positions."""
     seen, tables = [], llama.rope_tables
 
     def recorded(*args):
@@ -416,7 +415,7 @@ def test_kv_cache_refuses_a_second_prompt():
 
 @FAMILIES
 def test_packed_segments_equal_separate_examples(family):
-    """PITFALLS 9: packed examples must not see each other."""
+    """trl#805: packed examples must not see each other."""
     model, lengths, ids = build(family), [5, 1, 9, 3], token_ids(1, 18)
     positions = torch.cat([torch.arange(n) for n in lengths])
     with torch.no_grad():
@@ -439,7 +438,7 @@ def test_causal(family):
 
 @FAMILIES
 def test_checkpointing_keeps_gradients(family):
-    """PITFALLS 15: with frozen embeddings and dropout on, every ckpt_every gives the gradients of none."""
+    """peft#1142: with frozen embeddings and dropout on, every ckpt_every gives the gradients of none."""
     model = lora.inject(build(family), r=2, dropout=0.3)
     trainable = [p for p in model.parameters() if p.requires_grad]
     rng, ids, calls = torch.Generator().manual_seed(3), token_ids(2, 12), []

@@ -1,7 +1,7 @@
 """What is predicted is what is measured; --dry-run, the allocator of a card, and what fits on one.
 
 Most predictions here are made in this process, as a child takes seconds to start. None is made where a test looks into
-gradients or into an optimizer: a tensor without memory, read outside memory.Hollow, is the end of the process.
+gradients or into an optimizer: a tensor without memory, read outside hollow.Hollow, is the end of the process.
 """
 import dataclasses
 import gc
@@ -15,21 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REAL, ROOT, make_data, make_folder
+from conftest import REAL_PREDICTOR, ROOT, NoPredictor, make_data, make_folder
 from runs import no_picture, options, run, steps, timeless
 
-from ledger import allocator
-from ledger import fit
 import memory
-from techniques import optim
-from run import options as options_
-from ledger import predict
-from techniques import quant
 import train
-from files import weights
-from ledger.allocator import CachingAllocator, MiB
-from train import TrainConfig
 from errors import UserError
+from files import weights
+from ledger import allocator, ask, fit, hollow, predict
+from ledger.allocator import CachingAllocator, MiB
+from run import options as options_
+from techniques import optim
+from techniques.device import device_of
+from train import TrainConfig
 
 MB = 1e6
 
@@ -45,26 +43,38 @@ def shared(tmp_path_factory):
     return folder
 
 
+def predicted(cfg, steps) -> dict:
+    return predict.predict(cfg, weights.config_of(cfg.model)[2], steps)
+
+
+class InProcess(NoPredictor):
+    """Asked in this process, each question by an object of its own or one after the other."""
+
+    def ask(self, cfg, steps):
+        self.found = predicted(cfg, steps)
+        return self
+
+    def answer(self):
+        return self.found
+
+
 @pytest.fixture
 def in_process(monkeypatch):
-    monkeypatch.setattr(predict, "start", lambda *asked: asked)
-    monkeypatch.setattr(predict, "answer", lambda asked: predict.predict(*asked))
+    monkeypatch.setattr(ask, "Predictor", InProcess)
 
 
 @pytest.fixture
 def in_child(monkeypatch):
-    monkeypatch.setattr(predict, "start", REAL[0])
-    monkeypatch.setattr(predict, "answer", REAL[1])
+    monkeypatch.setattr(ask, "Predictor", REAL_PREDICTOR)
 
 
 @pytest.fixture
-def go(shared, tmp_path, monkeypatch):
+def go(shared, tmp_path, monkeypatch, on_device):
     """Train for a few steps; summary.json's "memory"."""
     no_picture(monkeypatch)
-    monkeypatch.setattr(quant, "ROOM", {})  # as in a new process: a room grows, and never shrinks
-    monkeypatch.setattr(quant, "WORKSPACE", {})
 
     def train_it(family="gpt2", name="run", **more):
+        on_device()  # as in a new process: a room grows, and never shrinks
         more = {"data": shared / "data.jsonl", "val_data": str(shared / "val.jsonl"), "batch_size": 4, "steps": 3, **more}
         run(tmp_path / name, shared / family, **more)
         return json.loads((tmp_path / name / "summary.json").read_text())["memory"]
@@ -129,16 +139,16 @@ def test_the_largest_step_is_watched_and_predicted(go, in_process, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- the formulas
 
-def ask(model, B=1, T=512, labels=None, n=1, **more) -> dict:
+def asked(model, B=1, T=512, labels=None, n=1, **more) -> dict:
     """Prediction for n micro-batches of B examples of T tokens; of each, `labels` are learned."""
     cfg = train.resolve(TrainConfig(**{"model": model, "dry_run": True, "device": "cuda", "amp": True, "batch_size": B,
                                        "grad_accum": n, "max_length": T, **more}))
     options_.resolve_for(cfg, weights.config_of(cfg.model)[0], None)
-    return predict.predict(cfg, [[[(T, labels or T)] * B] * n])
+    return predicted(cfg, [[[(T, labels or T)] * B] * n])
 
 
 def activations(*args, **more) -> int:
-    return ask(*args, **more)["by_category"]["activations"]
+    return asked(*args, **more)["by_category"]["activations"]
 
 
 def test_gpt2s_activations():
@@ -179,7 +189,7 @@ def test_phis_activations():
 @pytest.mark.parametrize("model,r,wanted", [("gpt2", 8, 254e6), ("llama-7b", 16, 13.6e9)])
 def test_sixteen_bytes_a_trained_parameter_two_a_frozen_one(model, r, wanted):
     """lora.py's table, and its 1,991 MB and 107.8 GB for all the weights."""
-    found = ask(model, T=8, lora_r=r)
+    found = asked(model, T=8, lora_r=r)
     trained, split = found["params"]["trainable"], found["by_category"]
     assert split["weights"] == 2 * (found["params"]["total"] - trained)
     assert split["adapters"] == 4 * trained and split["optimizer"] == pytest.approx(8 * trained, rel=1e-4)
@@ -187,35 +197,35 @@ def test_sixteen_bytes_a_trained_parameter_two_a_frozen_one(model, r, wanted):
     full = 16 * (found["params"]["total"] - trained)
     assert full == pytest.approx({"gpt2": 1991e6, "llama-7b": 107.8e9}[model], rel=0.001)
     # With --full the peak is the end of the backward pass, when all the gradients are there.
-    split = ask(model, T=8, full=True)["by_category"]
+    split = asked(model, T=8, full=True)["by_category"]
     assert sum(split[c] for c in ("weights", "gradients", "optimizer")) == pytest.approx(full, rel=1e-3)
 
 
 @pytest.mark.parametrize("optimizer,wanted", [("adamw8bit", 67.6e9), ("paged_adamw8bit", 53.9e9), ("offload_adamw", 13.5e9)])
 def test_where_the_optimizers_keep_their_states(optimizer, wanted):
     """optim.py's table, of LLaMA-7B on a card; on a CPU the states that wait are in the same memory."""
-    found = ask("llama-7b", T=8, full=True, optimizer=optimizer)["by_category"]
+    found = asked("llama-7b", T=8, full=True, optimizer=optimizer)["by_category"]
     assert sum(found[c] for c in ("weights", "gradients", "optimizer")) == pytest.approx(wanted, rel=0.005)
 
 
 def test_states_in_the_machines_memory():
-    split = ask("gpt2", T=8, full=True, optimizer="offload_adamw", device="cpu")["by_category"]
+    split = asked("gpt2", T=8, full=True, optimizer="offload_adamw", device="cpu")["by_category"]
     assert split["weights"] == 2 * 124_439_808 and split["optimizer"] == pytest.approx(12 * 124_439_808, rel=0.001)
-    split = ask("gpt2", T=8, full=True, optimizer="paged_adamw8bit", device="cpu")["by_category"]
+    split = asked("gpt2", T=8, full=True, optimizer="paged_adamw8bit", device="cpu")["by_category"]
     assert split["optimizer"] == pytest.approx((2 + 8 / 256) * 124_439_808, rel=0.01)  # norms and biases have 8 bytes
 
 
 def test_the_loss_holds_one_chunk():
     """loss.py: 2^22 logits (here 80 rows of them), 4 bytes each and 2 more before or after; beside them C numbers a label,
     two or three times (h and its gradient). The textbook's loss has 10 bytes a logit, 129 MB."""
-    few, many = (ask("gpt2", T=256, labels=n)["by_category"]["loss"] for n in (128, 256))
+    few, many = (asked("gpt2", T=256, labels=n)["by_category"]["loss"] for n in (128, 256))
     assert few == pytest.approx(80 * 50257 * 6 + 128 * 768 * 6, rel=0.02)
     assert many - few == pytest.approx(128 * 768 * 4, rel=0.1)
 
 
 def test_the_categories_in_closed_form():
     """memory.py's list beside CATEGORIES, LLaMA-7B on a card."""
-    found = ask("llama-7b", lora_r=16)
+    found = asked("llama-7b", lora_r=16)
     split = found["by_category"]
     assert found["peak"] == pytest.approx(15.3e9, rel=0.005)
     assert split["weights"] == 2 * 6_738_415_616 and split["adapters"] == 4 * 16 * 8192 * 64
@@ -223,20 +233,20 @@ def test_the_categories_in_closed_form():
     assert split["activations"] == pytest.approx(512 * 32 * 102e3, rel=0.01)
     assert split["loss"] == pytest.approx(6 * 2**22 + 6 * 4096 * 512, rel=0.03)
     assert split["temporaries"] == pytest.approx(2 * 8.5e6, rel=0.01)
-    assert ask("llama-7b", lora_r=16, n=2)["by_category"]["gradients"] == 4 * 16 * 8192 * 64
-    split = ask("llama-7b", lora_r=16, ckpt_every=1)["by_category"]  # the peak is in backward now
+    assert asked("llama-7b", lora_r=16, n=2)["by_category"]["gradients"] == 4 * 16 * 8192 * 64
+    split = asked("llama-7b", lora_r=16, ckpt_every=1)["by_category"]  # the peak is in backward now
     assert split["activations"] == pytest.approx(512 * (2 * 4096 * 32 + 102e3), rel=0.02)
     assert split["temporaries"] == pytest.approx(6 * 11008 * 512 + 2 * 8.5e6, rel=0.1)
 
 
 def test_what_a_card_adds():
     """Two cuBLAS workspaces of 8.5 MB, and rounding; a stepped-on allocator reserves more than is allocated."""
-    found = ask("gpt2", T=64)
+    found = asked("gpt2", T=64)
     assert sum(found["by_category"].values()) <= found["peak"] <= found["reserved"] and found["peak"] % 512 == 0
     assert found["reserved"] % (2 * MiB) == 0
     assert found["by_category"]["temporaries"] == pytest.approx(2 * 8.5e6, rel=0.02)
-    assert ask("gpt2", T=64, device="cpu")["reserved"] is None
-    room = ask("llama-2-7b", T=8, bits=8, ckpt_every=1)["by_category"]  # the largest layer in 16 bit, of one layer at a time
+    assert asked("gpt2", T=64, device="cpu")["reserved"] is None
+    room = asked("llama-2-7b", T=8, bits=8, ckpt_every=1)["by_category"]  # the largest layer in 16 bit, one at a time
     assert room["temporaries"] == pytest.approx(2 * 8.5e6 + 2 * 4096 * 11008, rel=0.02)
 
 
@@ -277,8 +287,7 @@ def test_dry_run_of_a_folder_without_weights(tmp_path, shared, offline, monkeypa
     short = dry("--model", bare, *(x for pair in common.items() for x in pair), "--max-length", 72)
     assert short["peak"] < found["peak"]  # the longest rows are cut
     monkeypatch.undo()
-    monkeypatch.setattr(predict, "start", lambda *asked: asked)
-    monkeypatch.setattr(predict, "answer", lambda asked: predict.predict(*asked))
+    monkeypatch.setattr(ask, "Predictor", InProcess)
     ran = go("llama", steps=None)
     assert (ran["predicted_peak"], ran["predicted_by_category"]) == (found["peak"], found["by_category"])
     assert ran["measured_peak"] == found["peak"]
@@ -286,7 +295,7 @@ def test_dry_run_of_a_folder_without_weights(tmp_path, shared, offline, monkeypa
     assert again["peak"] == found["peak"]
 
 
-def test_dry_run_of_a_name_that_is_not_here_on_a_card_that_is_not_here(tmp_path, offline, monkeypatch, capsys):
+def test_dry_run_of_a_name_that_is_not_here_on_a_card_that_is_not_here(tmp_path, offline, monkeypatch, capsys, in_process):
     monkeypatch.chdir(tmp_path)
     found = dry("--model", "smollm2-135m", "--device", "cuda", "--amp", "--batch-size", 2, "--max-length", 100)
     said = capsys.readouterr().out
@@ -312,15 +321,18 @@ def test_dry_run_says_in_a_line_what_is_wrong(words, wanted, offline):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's own peak")
 def test_llama_13b_on_any_laptop(tmp_path):
-    """In a process of its own: below 1 GB and 15 seconds of work."""
+    """Below 1 GB and 15 seconds of work, the prediction's process included."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     code = ("import runpy, sys\nsys.argv = ['train.py', *sys.argv[1:]]\nrunpy.run_path('train.py', run_name='__main__')\n"
-            "print(*[x for x in open('/proc/self/status') if x.startswith('VmHWM')])")  # (ru_maxrss: the parent's too)
+            "import resource\n"
+            "print(*[x for x in open('/proc/self/status') if x.startswith('VmHWM')])  # (ru_maxrss: the parent's too)\n"
+            "print('child:', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
     args = "--model llama-13b --bits 4 --amp --ckpt-every 1 --batch-size 1 --dry-run --device cuda".split()
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    assert int(done.stdout.split("VmHWM:")[1].split()[0]) * 1024 < 1e9 and seconds < 15, (seconds, done.stdout)
+    here, child = (int(done.stdout.split(name)[1].split()[0]) * 1024 for name in ("VmHWM:", "child:"))
+    assert here + child < 1e9 and seconds < 15, (seconds, done.stdout)
     assert "llama-13b: 13,022,417,920 parameters in 7.23 GB" in done.stdout and "predicted peak on cuda: 7." in done.stdout
 
 
@@ -328,16 +340,22 @@ def test_llama_13b_on_any_laptop(tmp_path):
 
 def test_a_child_says_the_same(shared, in_child, go):
     """And training is not touched by it, nor by a prediction in its own process."""
-    wrong = predict.start(TrainConfig(model="gpt2-nano", device="cpu"), [[[("x", 1)]]])
+    child = ask.Predictor().ask(TrainConfig(model="gpt2-nano", device="cpu"), [[[("x", 1)]]])
     found = go("phi", "child", amp=True, lora_dropout=0.1)
     assert found["predicted_peak"] == pytest.approx(found["measured_peak"], rel=0.02)
     cfg = train.resolve(options("unused", shared / "phi", shared / "data.jsonl", amp=True, batch_size=4, steps=3,
                                 lora_dropout=0.1, val_data=str(shared / "val.jsonl")))
-    sizes, _, cfg = train.largest_step(cfg)
-    here = predict.predict(cfg, sizes)
+    sizes, _, cfg = ask.largest_steps(cfg)
+    here = predicted(cfg, sizes)
     assert (here["peak"], here["by_category"]) == (found["predicted_peak"], found["predicted_by_category"])
-    error = predict.answer(wrong)
+    error = child.answer()
     assert error.keys() == {"error"} and "TypeError" in error["error"] and "\n" not in error["error"]
+    for _ in range(2):  # after the error it answers on: the same, whatever it was asked before
+        assert child.ask(cfg, sizes).answer() == here
+        nf4 = dataclasses.replace(cfg, bits=4, optimizer="paged_adamw8bit", lora_r=128)
+        assert child.ask(nf4, sizes).answer() == predicted(nf4, sizes) != here
+    child.close()
+    assert child.process.returncode == 0
 
 
 def test_training_goes_on_without_its_answer(in_child, go, monkeypatch, capsys, tmp_path):
@@ -356,49 +374,47 @@ def test_with_compile_nothing_is_predicted(shared, tmp_path, monkeypatch, capsys
     def refuse(*args):
         raise AssertionError("asked")
 
-    monkeypatch.setattr(predict, "start", refuse)
-    monkeypatch.setattr(train.Run, "train", lambda self, params, prediction: {"prediction": prediction})
+    monkeypatch.setattr(ask, "Predictor", refuse)
+    monkeypatch.setattr(train, "train", lambda *args: {"predictor": args[-1]})
     cfg = options(tmp_path / "run", shared / "gpt2", shared / "data.jsonl", compile=True, steps=2)
-    assert train.main(cfg) == {"prediction": None}
-    assert train.record.predicted(None)["peak"] is None and "--compile" in capsys.readouterr().out
+    assert train.main(cfg) == {"predictor": None}
+    assert ask.collect(None)["peak"] is None and "--compile" in capsys.readouterr().out
 
 
-def test_a_prediction_leaves_the_process_as_it_was(shared, tmp_path, monkeypatch, go):
+def test_a_prediction_leaves_the_process_as_it_was(shared, tmp_path, monkeypatch, on_device, go):
     cfg = options("unused", shared / "gpt2", shared / "data.jsonl", amp=True, bits=4, optimizer="adamw8bit", lora_r=128,
                   lora_dropout=0.1, ckpt_every=1, lora_targets="all", val_data=str(shared / "val.jsonl"))
-    sizes, _, cfg = train.largest_step(train.resolve(cfg))
-    monkeypatch.setattr(quant, "ROOM", {"room": torch.ones(1)})
-    monkeypatch.setattr(quant, "WORKSPACE", {})
+    sizes, _, cfg = ask.largest_steps(train.resolve(cfg))
+    device = on_device()
+    device.room(("kept",), 1, torch.ones)
     optim.tables.cache_clear()
-    rng, threads, hollow = torch.get_rng_state(), torch.get_num_threads(), set(memory.HOLLOW)
+    rng, threads, hollow_before = torch.get_rng_state(), torch.get_num_threads(), set(hollow.HOLLOW)
     torch.set_num_threads(2)
     try:
-        predict.predict(cfg, sizes)
+        predicted(cfg, sizes)
         assert torch.get_num_threads() == 2
         with pytest.raises(TypeError):
-            predict.predict(cfg, [[[("x", 1)]]])
+            predicted(cfg, [[[("x", 1)]]])
         with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
-            m.setattr(train.Run, "train_step", lambda self: 1 / 0)
-            predict.predict(cfg, sizes)
+            m.setattr(train, "train_step", lambda *args: 1 / 0)
+            predicted(cfg, sizes)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), rng)
     gc.collect()
-    rooms, workspaces, hollow_now = list(quant.ROOM), list(quant.WORKSPACE), set(memory.HOLLOW)
-    assert rooms == ["room"] and workspaces == []  # (names: pytest would print the tensors, which cannot be)
-    assert hollow_now <= hollow
-    assert optim.HOST == "cpu" and optim.AdamW8bit.chunks.__name__ == "chunks"
-    assert quant.dequantize_nf4.__name__ == "dequantize_nf4"
+    rooms, hollow_now = list(device.rooms), set(hollow.HOLLOW)
+    assert rooms == [("kept",)]  # (names: pytest would print the tensors, which cannot be)
+    assert hollow_now <= hollow_before
+    assert device_of("cpu") is device and device.host == "cpu" and device.pieces is device.nf4_kernel is None
     for signed in (True, False):  # kept for ever, and made inside for small tensors only: they have numbers
         kept, fresh = (f(signed, torch.device("cpu")) for f in (optim.tables, optim.tables.__wrapped__))
         assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True))
     for how in ("with", "without"):
         if how == "with":
-            monkeypatch.setattr(predict, "start", lambda *asked: asked)
-            monkeypatch.setattr(predict, "answer", lambda asked: predict.predict(*asked))
+            monkeypatch.setattr(ask, "Predictor", InProcess)
         else:
-            monkeypatch.setattr(predict, "answer", lambda asked: {"error": "none"})
+            monkeypatch.setattr(ask, "Predictor", NoPredictor)
         go("gpt2", how, amp=True, lora_dropout=0.3, batch_size=8, steps=4)
     assert timeless(steps(tmp_path / "with")) == timeless(steps(tmp_path / "without"))
 
@@ -408,25 +424,25 @@ def test_a_prediction_leaves_the_process_as_it_was(shared, tmp_path, monkeypatch
 def test_hollow_tensors():
     real = torch.arange(6.0).view(2, 3)
     gc.collect()
-    before = set(memory.HOLLOW)
-    with memory.Hollow():
-        t = memory.hollow((1000, 1000, 1000), torch.bfloat16)  # 2 GB
-        assert t.untyped_storage().nbytes() == 2e9 and memory.is_hollow(t[1:3].transpose(0, 1))
+    before = set(hollow.HOLLOW)
+    with hollow.Hollow():
+        t = hollow.hollow((1000, 1000, 1000), torch.bfloat16)  # 2 GB
+        assert t.untyped_storage().nbytes() == 2e9 and hollow.is_hollow(t[1:3].transpose(0, 1))
         y = (t[0].float() @ t[1].float().t()).softmax(-1)
-        assert y.shape == (1000, 1000) and y.dtype == torch.float32 and memory.is_hollow(y)
+        assert y.shape == (1000, 1000) and y.dtype == torch.float32 and hollow.is_hollow(y)
         assert y.sum().item() == 1 and torch.isfinite(y).all()
-        assert y.add_(1) is y and memory.is_hollow(y)
-        assert not memory.is_hollow(real * 2) and (real * 2).tolist() == [[0, 2, 4], [6, 8, 10]]
-        assert memory.is_hollow(torch.zeros(2**20)) and torch.zeros(8).tolist() == [0] * 8
-        w = memory.hollow((3, 4), torch.float32).requires_grad_()
-        (memory.hollow((2, 3), torch.float32) @ w).sum().backward()
-        assert w.grad.shape == (3, 4) and memory.is_hollow(w.grad)
+        assert y.add_(1) is y and hollow.is_hollow(y)
+        assert not hollow.is_hollow(real * 2) and (real * 2).tolist() == [[0, 2, 4], [6, 8, 10]]
+        assert hollow.is_hollow(torch.zeros(2**20)) and torch.zeros(8).tolist() == [0] * 8
+        w = hollow.hollow((3, 4), torch.float32).requires_grad_()
+        (hollow.hollow((2, 3), torch.float32) @ w).sum().backward()
+        assert w.grad.shape == (3, 4) and hollow.is_hollow(w.grad)
     for use in (t.tolist, t.untyped_storage().data_ptr, y.float().tolist):
         with pytest.raises(RuntimeError):  # "unallocated storage", and not what happens to lie there
             use()
     del t, y, w, use
     gc.collect()
-    assert set(memory.HOLLOW) == before
+    assert set(hollow.HOLLOW) == before
 
 
 # ---------------------------------------------------------------------------------------------- a card's allocator
@@ -537,7 +553,7 @@ def test_what_is_no_size(text):
 
 
 def rungs(**given) -> list[str]:
-    return [fit.flags(toggles) for toggles in fit.rungs(TrainConfig(model="gpt2", **given))]
+    return [fit.flags(toggles) for toggles in fit.savings(TrainConfig(model="gpt2", **given))]
 
 
 def test_the_rungs():
@@ -588,34 +604,35 @@ def test_the_command_is_the_configuration_that_was_predicted(shared, monkeypatch
     """Its words parse to it, and a card that it is too large for ends in a line and status 1."""
     seen = {}
 
-    def fake(cfg, sizes):
+    def fake(cfg, raw_config, sizes):
         need = int(1e6 * cost(cfg))
         seen[need] = cfg
         return {"peak": need, "reserved": need, "by_category": {}, "params": {}}
 
     monkeypatch.setattr(predict, "predict", fake)
+    monkeypatch.setattr(ask, "Predictor", InProcess)
     argv = ["--model", str(shared / "llama"), "--batch-size", "4", "--lora-r", "4", "--data", str(shared / "data.jsonl"),
             "--val-data", str(shared / "val.jsonl")]
-    fit.main(["--fit", "527MB", *argv])  # 500 are CUDA's own
+    train.main(train.parse(["--fit", "527MB", *argv]))  # 500 are CUDA's own
     said = capsys.readouterr().out
     words = said.strip().splitlines()[-1].split()
     assert words[:2] == ["python", "train.py"] and "526.00 MB  fits" in said
-    cfg = train.largest_step(train.resolve(dataclasses.replace(train.parse(words[2:]), dry_run=True, device="cuda")))[2]
+    cfg = ask.largest_steps(train.resolve(dataclasses.replace(train.parse(words[2:]), dry_run=True, device="cuda")))[2]
     assert cfg == seen[26_000_000] and (cfg.amp, cfg.batch_size, cfg.grad_accum, cfg.ckpt_every) == (True, 1, 4, 2)
     wanted = r"nothing fits into 501MB. The least is 506.00 MB, for python train.py .*--bits 4"
     with pytest.raises(UserError, match=wanted) as e:
-        fit.main(["--fit", "501MB", *argv])
+        train.main(train.parse(["--fit", "501MB", *argv]))
     assert "\n" not in str(e.value)
 
 
-def test_memory_py_fit(capsys):
+def test_train_py_fit(capsys, in_child):
     words = "--model gpt2 --max-length 64 --batch-size 1 --lora-r 4"
-    fit.main(f"--fit 3GB {words}".split())
+    train.main(train.parse(f"--fit 3GB {words}".split()))
     said = capsys.readouterr().out
     assert said.splitlines()[-1] == "python train.py --model gpt2 --lora-r 4 --max-length 64 --batch-size 1"
     assert "as it is" in said and "fits" in said
     words += " --amp --ckpt-every 1 --ckpt-offload --optimizer paged_adamw8bit --bits 4"  # no rung is left
-    done = subprocess.run([sys.executable, "memory.py", "--fit", "550MB", *words.split()], cwd=ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, "train.py", "--fit", "550MB", *words.split()], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 1 and "as it is" in done.stdout and "too large" in done.stdout, done
     assert done.stderr.startswith("error: nothing fits into 550MB") and done.stderr.count("\n") == 1

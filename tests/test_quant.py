@@ -20,10 +20,10 @@ import generate
 import gpt2
 import lora
 import memory
-from techniques import quant
-from files import weights
-from techniques.optim import AdamW
 from errors import UserError
+from files import peft_files, weights
+from techniques import quant
+from techniques.optim import AdamW
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -244,17 +244,17 @@ def test_float16_neither_overflows_nor_vanishes_where_the_dequantised_product_do
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @BITS
-def test_nothing_dequantised_is_kept(bits, dtype, monkeypatch):
+def test_nothing_dequantised_is_kept(bits, dtype, monkeypatch, on_device):
     """Six layers of 131 kB (bfloat16) in a row: between forward and backward nothing is live but the last output and the
     room for one dequantised layer, which all of them share. autograd over six dequantised weights would hold six."""
     monkeypatch.setattr(quant, "CHUNK", 4096)  # the temporaries, however large the layer
-    monkeypatch.setattr(quant, "ROOM", {})
+    device = on_device()
     chain = nn.Sequential(*[make_layer("Linear", bits, False, i, 256, 256)[2] for i in range(6)])
     one, n_x = 256 * 256 * dtype.itemsize, 4 * 256 * dtype.itemsize
     x = rand(4, 256).to(dtype).requires_grad_()
     with memory.Ledger(chain) as ledger:
         chain(x).sum().backward()  # what is made once
-        assert [t.nbytes for t in quant.ROOM.values()] == [one]
+        assert [t.nbytes for name, t in device.rooms.items() if name[0] == "layer"] == [one]
         x.grad = None
         before = ledger.peak = sum(ledger.live.values())
         with torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("something is saved"), lambda t: t):
@@ -305,7 +305,7 @@ def test_every_tensor_moves(bits):
 
 @BITS
 def test_saved_loaded_and_moved_twice(bits, tmp_path):
-    """PITFALLS 28: a state dict without the quantisation's own numbers."""
+    """bitsandbytes#1946: a state dict without the quantisation's own numbers."""
     one, other = (nn.Sequential(make_layer("Linear", bits, seed=s)[2]) for s in (0, 5))
     wanted = state(one)
     save_file(one.state_dict(), tmp_path / "layer.safetensors")
@@ -475,7 +475,7 @@ def test_a_run_with_everything(bits, folders, tmp_path, data_file, monkeypatch):
     got = run(tmp_path / "a", folders["gpt2"], data_file, bits=bits, **options)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["options"]["bits"] == bits
     assert got[-1]["loss"] < got[0]["loss"] - 0.3
-    model = lora.load(weights.load(folders["gpt2"], bits=bits), tmp_path / "a" / "adapter")
+    model = peft_files.load(weights.load(folders["gpt2"], bits=bits), tmp_path / "a" / "adapter")
     assert all(m.delta().any() for m in lora.adapters(model).values())
 
 

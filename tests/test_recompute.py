@@ -5,11 +5,10 @@ from conftest import make_folder
 from torch import nn
 from torch.nn import functional as F
 
-from techniques import recompute
 import lora
-from techniques import loss
 import memory
 from files import weights
+from techniques import loss, recompute
 
 FAMILIES = ("gpt2", "llama")
 B, T, C = 4, 64, 32  # C: conftest's n_embd
@@ -50,8 +49,8 @@ class OtherMemory:
 
     def __init__(self, monkeypatch):
         self.bytes = self.out = self.back = 0
-        monkeypatch.setattr(checkpoint, "to_host", self.to_host)
-        monkeypatch.setattr(checkpoint, "to_device", self.to_device)
+        monkeypatch.setattr(recompute, "to_host", self.to_host)
+        monkeypatch.setattr(recompute, "to_device", self.to_device)
 
     def to_host(self, x):
         self.out += 1
@@ -119,7 +118,7 @@ class Layer(nn.Module):
 
 def test_the_second_run_ends_before_the_last_product_and_returns_the_random_state():
     layer, x = Layer(), torch.randn(4, 8)
-    y = checkpoint.checkpoint(layer, x)
+    y = recompute.recompute(layer, x)
     torch.rand(3)  # forward goes on
     state = torch.get_rng_state()
     y.sum().backward()
@@ -130,7 +129,7 @@ def test_the_second_run_ends_before_the_last_product_and_returns_the_random_stat
 def test_the_second_run_multiplies_in_the_types_of_the_first(forward, backward):
     layer, x = Layer(), torch.randn(4, 8)
     with torch.autocast("cpu", torch.bfloat16, enabled=forward):
-        y = checkpoint.checkpoint(layer, x)
+        y = recompute.recompute(layer, x)
     with torch.autocast("cpu", torch.float16, enabled=backward):
         y.sum().backward()
     assert layer.types == [torch.bfloat16 if forward else torch.float32] * 2
@@ -141,7 +140,7 @@ def test_each_weights_hook_is_called_once_with_its_gradient():
     for p in layer.parameters():
         p.register_post_accumulate_grad_hook(lambda p: calls.append((p, p.grad.clone())))
     for n in (1, 2):
-        checkpoint.checkpoint(layer, torch.randn(4, 8)).sum().backward()
+        recompute.recompute(layer, torch.randn(4, 8)).sum().backward()
         assert len(calls) == 2 * n and all(g.any() for _, g in calls)
         layer.zero_grad()
 
@@ -158,7 +157,7 @@ def test_a_weight_may_change_in_its_hook():
         for p in layers.parameters():
             p.register_post_accumulate_grad_hook(descend)
         for layer in layers:
-            x = checkpoint.checkpoint(layer, x) if every else layer(x)
+            x = recompute.recompute(layer, x) if every else layer(x)
         x.sum().backward()
         grads.append([p.grad for p in layers.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -166,7 +165,7 @@ def test_a_weight_may_change_in_its_hook():
 
 def test_a_retained_graph_is_passed_twice():
     layer, x = Layer(), torch.randn(4, 8, requires_grad=True)
-    y = checkpoint.checkpoint(layer, x).sum()
+    y = recompute.recompute(layer, x).sum()
     y.backward(retain_graph=True)
     once = [p.grad.clone() for p in (x, *layer.parameters())]
     y.backward()
@@ -176,7 +175,7 @@ def test_a_retained_graph_is_passed_twice():
 def test_what_was_made_again_is_gone_after_backward():
     layer, x = Layer(), torch.randn(4, 8)
     with memory.Ledger(layer) as ledger:
-        y = checkpoint.checkpoint(layer, x).sum()
+        y = recompute.recompute(layer, x).sum()
         before = sum(ledger.live.values())
         y.backward(retain_graph=True)  # else the graph's end would free it all
         kept = ledger.live["activations"]  # of the first run; all that is new is the weights' gradients
@@ -186,15 +185,15 @@ def test_what_was_made_again_is_gone_after_backward():
 
 def test_where_nothing_needs_a_gradient_nothing_is_computed_twice():
     layer, x = Layer().requires_grad_(False), torch.randn(4, 8)
-    assert not checkpoint.checkpoint(layer, x).requires_grad and layer.runs == 1
-    y = checkpoint.checkpoint(layer, x.requires_grad_())  # frozen weights, a gradient only passes through
+    assert not recompute.recompute(layer, x).requires_grad and layer.runs == 1
+    y = recompute.recompute(layer, x.requires_grad_())  # frozen weights, a gradient only passes through
     y.sum().backward()
     assert x.grad.any() and layer.runs == 3
 
 
 def test_a_layer_that_changed_in_between_is_an_error():
     layer = Layer()
-    y = checkpoint.checkpoint(layer, torch.randn(4, 8))
+    y = recompute.recompute(layer, torch.randn(4, 8))
     layer.eval()  # no dropout mask is saved now
     with pytest.raises(RuntimeError, match="Layer saved other tensors"):
         y.sum().backward()
@@ -202,14 +201,14 @@ def test_a_layer_that_changed_in_between_is_an_error():
 
 def test_on_a_cpu_offload_moves_nothing():
     x = torch.randn(4)
-    assert checkpoint.to_host(x) is x and checkpoint.to_device(x, x.device) is x
+    assert recompute.to_host(x) is x and recompute.to_device(x, x.device) is x
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory and streams need a CUDA device")
 def test_on_a_card_the_inputs_wait_in_host_memory(folders):
     x = torch.randn(1000, device="cuda")
-    host = checkpoint.to_host(x)
-    back = checkpoint.to_device(host, x.device)
+    host = recompute.to_host(x)
+    back = recompute.to_device(host, x.device)
     assert host.is_pinned() and back.device == x.device and torch.equal(back, x)
     grads, peaks = [], []
     for offload in (False, True):
@@ -217,7 +216,7 @@ def test_on_a_card_the_inputs_wait_in_host_memory(folders):
         layers, x = [nn.Linear(256, 256).cuda() for _ in range(20)], torch.randn(4096, 256, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         for layer in layers:
-            x = checkpoint.checkpoint(layer, x, offload=offload)
+            x = recompute.recompute(layer, x, offload=offload)
         x.sum().backward()
         grads.append([p.grad for layer in layers for p in layer.parameters()])
         peaks.append(torch.cuda.max_memory_allocated())

@@ -1,4 +1,7 @@
-"""The training loop: what a step computes, what a run leaves, how it stops. Numbers in brackets: rows of PITFALLS.md."""
+"""The training loop: what a step computes, what a run leaves, how it stops.
+
+Names such as trl#805 say where others had the bug.
+"""
 import dataclasses
 import json
 import math
@@ -20,14 +23,15 @@ from torch.nn import functional as F
 
 import data
 import lora
-from techniques import loss
 import memory
 import train
-from files import weights
-from techniques.optim import AdamW
-from run.options import resolve_bits
-from train import TrainConfig
 from errors import UserError
+from files import peft_files, weights
+from run.evaluate import evaluate
+from run.options import resolve_bits
+from techniques import loss
+from techniques.optim import AdamW
+from train import TrainConfig
 
 FAMILIES = ("gpt2", "llama", "phi")
 ROWS = 18
@@ -95,7 +99,7 @@ def assert_same_gradients(got, wanted, tolerance=1e-6):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_micro_batches_have_the_gradient_of_one_batch(family, full, go, shared, monkeypatch):
-    """[1] 8 micro-batches of 1 and 4 of 2 are one batch of 8; and that is PyTorch's cross-entropy over it."""
+    """transformers#34191: 8 micro-batches of 1 and 4 of 2 are one batch of 8; and that is PyTorch's cross-entropy over it."""
     first = data.plan([len(e.ids) for e in examples(shared, family)], 8, 1, 0, 0)[0][0]
     chosen = [examples(shared, family)[i] for i in first]
     assert len({sum(t != -100 for t in e.targets) for e in chosen}) > 3  # unequal: a mean of means would be another mean
@@ -118,7 +122,7 @@ def test_micro_batches_have_the_gradient_of_one_batch(family, full, go, shared, 
 
 
 def test_an_example_without_a_label_changes_nothing(go, shared, monkeypatch, tmp_path):
-    """[2] A micro-batch whose only example has every label masked adds 0 to the loss and 0 to the labels divided by."""
+    """unsloth-zoo#1023: A micro-batch whose only example has every label masked adds 0 to the loss and 0 to the labels divided by."""
     make_data(tmp_path / "seven.jsonl", 7)
     seven = dict(data=tmp_path / "seven.jsonl", steps=2, lr=1e-3)
     wanted = gradients(monkeypatch, lambda: go(name="without", batch_size=7, **seven))
@@ -141,7 +145,7 @@ def test_an_example_without_a_label_changes_nothing(go, shared, monkeypatch, tmp
 
 
 def test_memory_does_not_grow_with_grad_accum(go, tmp_path):
-    """[3] Each micro-batch's graph is freed by its backward."""
+    """torchtune#1917: Each micro-batch's graph is freed by its backward."""
     row = json.dumps({"instruction": "Say it " * 20, "output": "word " * 20})
     (tmp_path / "same.jsonl").write_text((row + "\n") * 16)
     for ga in (1, 4):
@@ -151,7 +155,7 @@ def test_memory_does_not_grow_with_grad_accum(go, tmp_path):
 
 
 def test_the_last_window_is_kept_and_weighed_right(go):
-    """[4] 18 rows at 2 x 4: steps of 8, 8 and 2 examples, the last divided by its own labels, as with 8 x 1."""
+    """accelerate#963: 18 rows at 2 x 4: steps of 8, 8 and 2 examples, the last divided by its own labels, as with 8 x 1."""
     wanted = go(name="8x1", epochs=2, batch_size=8, lr=1e-2)
     got = go(name="2x4", epochs=2, batch_size=2, grad_accum=4, lr=1e-2)
     for xs in (got, wanted):
@@ -171,7 +175,7 @@ def test_every_example_once_an_epoch(shared):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_examples_do_not_see_each_other(family, shared):
-    """[9] The loss of each example, and the gradient of all, as if each were alone."""
+    """trl#805: The loss of each example, and the gradient of all, as if each were alone."""
     chosen = examples(shared, family)[:5]
     model = weights.load(str(shared / family))
 
@@ -194,7 +198,7 @@ def test_packed_examples_do_not_see_each_other(family, shared):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_layers_keeps_the_gradients(family, go, monkeypatch):
-    """[15] Frozen embeddings, dropout on, every N."""
+    """peft#1142: Frozen embeddings, dropout on, every N."""
     def of(n):
         more = dict(ckpt_every=n, lora_dropout=0.3, lora_targets="all")
         return gradients(monkeypatch, lambda: go(family, f"ckpt{n}", steps=1, **more))
@@ -211,17 +215,17 @@ def test_learning_rate_of_each_schedule():
     total = 110
     for schedule, middle, last in (("cosine", 0.5, 0.5 * (1 + math.cos(math.pi * 0.99))), ("linear", 0.5, 0.01),
                                    ("constant", 1.0, 1.0)):
-        cfg = TrainConfig(lr=2.0, schedule=schedule, warmup_steps=10)
-        of = [train.learning_rate(i, cfg, total) / cfg.lr for i in range(total)]
+        cfg = TrainConfig(lr=2.0, schedule=schedule, warmup_steps=10, steps=total)
+        of = [train.learning_rate(i, cfg) / cfg.lr for i in range(total)]
         assert of[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])  # step 0 already moves
         assert of[10] == 1 and of[60] == pytest.approx(middle) and of[109] == pytest.approx(last)
         assert all(a >= b for a, b in zip(of[10:], of[11:], strict=False))
         cfg.warmup_steps = 0
-        assert train.learning_rate(0, cfg, total) == cfg.lr
+        assert train.learning_rate(0, cfg) == cfg.lr
 
 
 def test_the_schedule_counts_optimizer_steps(go, monkeypatch):
-    """[4] 6 steps of 4 micro-batches: AdamW is called 6 times, with the 6 learning rates of the schedule."""
+    """accelerate#963: 6 steps of 4 micro-batches: AdamW is called 6 times, with the 6 learning rates of the schedule."""
     used, adamw = [], AdamW.step
 
     def spy(self, *args, **kwargs):
@@ -239,14 +243,14 @@ def test_the_schedule_counts_optimizer_steps(go, monkeypatch):
 # ---------------------------------------------------------------------------------------------- float16
 
 @pytest.fixture
-def float16(monkeypatch):
-    """A machine whose 16-bit type is float16: as on cards without bfloat16, but on the CPU."""
-    monkeypatch.setattr(weights, "half_dtype", lambda device: torch.float16)
+def float16(on_device):
+    """A machine whose 16-bit type is float16: as on GPUs without bfloat16, but on the CPU."""
+    on_device(half=torch.float16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float16_follows_float32(family, go, float16):
-    """[17] With a threshold that every step exceeds: clipping scaled gradients would give another trajectory."""
+    """lightning#9330: With a threshold that every step exceeds: clipping scaled gradients would give another trajectory."""
     common = dict(steps=6, lr=1e-2, clip=0.1)
     wanted, got = go(family, "float32", **common), go(family, "float16", amp=True, **common)
     for key, tolerance in (("loss", 2e-3), ("grad_norm", 1e-2)):
@@ -298,7 +302,7 @@ def test_float16_skips_a_step_that_overflows_and_resumes_there(go, shared, float
 
 
 def test_float16_that_never_fits_stops(go, float16, tmp_path, monkeypatch):
-    """[31] Overflow at every scale is not the scale's fault."""
+    """LlamaFactory#2916: Overflow at every scale is not the scale's fault."""
     too_large_a_scale(monkeypatch, 120)
     with pytest.raises(UserError, match=r"step 25: .*float16"):
         go(steps=40, amp=True, batch_size=1)
@@ -311,7 +315,7 @@ def test_float16_that_never_fits_stops(go, float16, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family,name", [("gpt2", "transformer.h.1.mlp.c_fc.weight"), ("llama", "model.norm.weight"),
                                          ("phi", "lm_head.bias")])
 def test_a_damaged_checkpoint_is_named(family, name, full, tmp_path, data_file):
-    """[31]"""
+    """LlamaFactory#2916."""
     folder = make_folder(tmp_path / "damaged", family)
     tensors = load_file(folder / "model.safetensors")
     tensors[name].view(-1)[3] = math.nan
@@ -325,7 +329,7 @@ def test_a_damaged_checkpoint_is_named(family, name, full, tmp_path, data_file):
 @pytest.mark.parametrize("more", [{}, {"full": True}, {"clip": 0.0}], ids=["lora", "full", "no-clip"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_that_diverges_stops_and_names_the_learning_rate(family, more, go, tmp_path):
-    """[31]"""
+    """LlamaFactory#2916."""
     with pytest.raises(UserError, match=r"step [23]: .*lower --lr \(now 1e\+06\)"):
         go(family, steps=10, lr=1e6, **more)
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -353,7 +357,7 @@ def final_tensors(out):
 
 @pytest.mark.parametrize("family,dropout", [("gpt2", 0.25), ("llama", 0.0), ("phi", 0.25)])
 def test_twenty_steps_are_ten_and_resume_and_ten(family, dropout, go, tmp_path, monkeypatch):
-    """[27] Bit for bit, whether the run dies inside a step (and takes some again) or Ctrl-C lets it finish its step."""
+    """nanoGPT#467: Bit for bit, whether the run dies inside a step (and takes some again) or Ctrl-C lets it finish its step."""
     common = dict(steps=20, lr=1e-2, batch_size=2, grad_accum=2, save_every=10, eval_every=10, lora_dropout=dropout)
     go(family, "whole", **common)
 
@@ -524,7 +528,7 @@ def test_held_out_loss_is_the_mean_over_tokens(family, shared):
     replies = [json.loads(line)["output"] for line in (shared / "data.jsonl").read_text().splitlines()]
     n_bytes = sum(len(r.encode()) for r in replies)
     for b, pack in ((1, False), (5, False), (5, True), (100, False)):
-        got = train.evaluate(model, found, TrainConfig(device="cpu", batch_size=b, pack=pack))
+        got = evaluate(model, found, TrainConfig(device="cpu", batch_size=b, pack=pack))
         assert got["val_loss"] == pytest.approx(total / labels, rel=1e-6)
         assert got["val_bits_per_byte"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-6)
     assert abs(sum(means) / len(means) - total / labels) > 1e-3  # the mean of means is another number
@@ -532,7 +536,7 @@ def test_held_out_loss_is_the_mean_over_tokens(family, shared):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_evaluations_are_equal_whatever_the_dropout(family, shared):
-    """[29]"""
+    """nanoGPT#240."""
     found, cfg, values = examples(shared, family), TrainConfig(device="cpu", batch_size=4), []
     for dropout in (0.0, 0.5):
         model = weights.load(str(shared / family))
@@ -544,7 +548,7 @@ def test_two_evaluations_are_equal_whatever_the_dropout(family, shared):
                     p.normal_()
         model.train()
         before = torch.get_rng_state()
-        values += [train.evaluate(model, found, cfg) for _ in range(2)]
+        values += [evaluate(model, found, cfg) for _ in range(2)]
         assert model.training and torch.equal(torch.get_rng_state(), before)
         hidden = model.hidden(torch.tensor([found[0].ids]))
         assert torch.equal(hidden, model.hidden(torch.tensor([found[0].ids]))) == (dropout == 0)  # it is on in training
@@ -638,8 +642,8 @@ def test_best_is_the_lowest_held_out_loss(finished, shared):
     values = summary["loss"]
     assert values["val_best"] < values["val_after"]  # or this test proves nothing
     for folder, wanted in (("best", "val_best"), ("adapter", "val_after")):
-        model = lora.load(weights.load(str(shared / family)), out / folder)
-        got = train.evaluate(model, examples(shared, family, "zebras.jsonl"), cfg)
+        model = peft_files.load(weights.load(str(shared / family)), out / folder)
+        got = evaluate(model, examples(shared, family, "zebras.jsonl"), cfg)
         assert got["val_loss"] == pytest.approx(values[wanted], rel=1e-5)
 
 
@@ -655,7 +659,7 @@ def test_full_trains_every_weight_and_leaves_model_folders(family, go, shared, t
         assert (out / folder / "chat_template.jinja").is_file()
         assert not [n for n, p in model.named_parameters() if torch.equal(p, start[n])]
         found = examples(shared, family, "val.jsonl")
-        got = train.evaluate(model, found, TrainConfig(device="cpu", batch_size=8))["val_loss"]
+        got = evaluate(model, found, TrainConfig(device="cpu", batch_size=8))["val_loss"]
         assert got == pytest.approx(summary["loss"][wanted], rel=1e-5)
         ours, theirs = (data.load_tokenizer(str(f)).encode("a b") for f in (out / folder, shared / family))
         assert ours == theirs

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import llama
 import lora
-from files import weights
 from errors import UserError
+from files import peft_files, weights
+from techniques import device
+from techniques.device import device_of
 
 
 def params(model):
@@ -264,7 +266,7 @@ def test_full_disk(gpt2_folder, tmp_path):
     target = tmp_path / "target"
     weights.save(weights.load(gpt2_folder), target)
     before = {f.name: f.read_bytes() for f in target.iterdir()}
-    lora.save(lora.inject(weights.load(gpt2_folder), r=2), tmp_path / "adapter")
+    peft_files.save(lora.inject(weights.load(gpt2_folder), r=2), tmp_path / "adapter")
     p = python("""
         import resource
         import signal
@@ -276,7 +278,7 @@ def test_full_disk(gpt2_folder, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         model = weights.from_scratch(source, seed=1)
         for act in (lambda: weights.save(model, target), lambda: weights.write_text(target + "/config.json", "x" * 200_000),
-                    lambda: lora.main(["merge", "--model", source, "--adapter", adapter, "--out", merged])):
+                    lambda: export.main(["merge", "--model", source, "--adapter", adapter, "--out", merged])):
             try:
                 act()
             except weights.UserError as e:
@@ -334,8 +336,10 @@ def test_from_scratch_is_its_seed(family, tmp_path):
 
 
 def test_bfloat16_only_where_it_is_native(monkeypatch):
-    """PITFALLS 19: a card of 2018 says that it supports bfloat16, by emulating it."""
+    """nanoGPT#277: a card of 2018 says that it supports bfloat16, by emulating it."""
+    monkeypatch.setattr(device, "DEVICES", {})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert weights.half_dtype("cuda") == weights.half_dtype("cuda:1") == torch.float16
+    assert device_of("cuda").half == device_of("cuda:1").half == torch.float16
+    monkeypatch.setattr(device, "DEVICES", {})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert weights.half_dtype("cuda") == weights.half_dtype("cpu") == torch.bfloat16
+    assert device_of("cuda").half == device_of("cpu").half == torch.bfloat16

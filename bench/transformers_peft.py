@@ -1,18 +1,20 @@
-"""The same job in transformers + PEFT (+ bitsandbytes): what bench.py peers compares train.py with.
+"""The same job in transformers + PEFT (+ bitsandbytes): what `python -m bench peers` compares train.py with.
 
-    python peer.py --model gpt2 --amp                      float32 weights under autocast, as in the documentation
-    python peer.py --model DIR --data FILE --amp --bits 4  nf4 with double quantisation, computing in bfloat16
+    python -m bench.transformers_peft --model gpt2 --amp                      float32 weights under autocast, as documented
+    python -m bench.transformers_peft --model DIR --data FILE --amp --bits 4  nf4 with double quantisation, in bfloat16
 
 A plain loop as the two projects document it: from_pretrained, get_peft_model (r 8, alpha 16, on Q and V or GPT-2's c_attn),
 torch.autocast, torch.optim.AdamW; Alpaca's prompt, the loss on the replies only, batches padded to the longest. This is the
-only file outside tests/ that imports them (pip install -r requirements-dev.txt). From this project come the things that make
-the jobs one: the rows and which are held out (data.py), the folder of a model's name (weights.py), the RSS (memory.py).
+only file outside tests/ that imports transformers and PEFT. Three parts come from this project, so that both programs do the
+same job: the rows and which are held out (data.py), the folder of a model's name (files/hub.py), the RSS (memory.py).
 
-Three things are to the peer's advantage: GPT-2's own dropout of 0.1 is switched off, because train.py does not apply it;
-quantised models skip prepare_model_for_kbit_training, which would hold embedding and head in float32; the RSS is taken
-before the held-out loss is computed.
+Three things are to the peer's advantage:
 
-Prints, as its last line, JSON in the shape of summary.json, with the list of all losses besides.
+* GPT-2's own dropout of 0.1 is switched off, because train.py does not apply it.
+* Quantised models skip prepare_model_for_kbit_training, which would hold embedding and head in float32.
+* The RSS is measured before the held-out loss is computed.
+
+The last line that it prints is JSON in the shape of summary.json, with a list of all losses added.
 """
 import argparse
 import json
@@ -27,14 +29,16 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import memory  # noqa: E402
+from errors import UserError  # noqa: E402
 from files import weights  # noqa: E402
-from files.hub import ASSETS, UserError  # noqa: E402
+from files.hub import ASSETS  # noqa: E402
+from techniques.device import usable_device  # noqa: E402
 
 try:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 except ImportError as e:
-    sys.exit(f"error: peer.py needs {e.name}, which a plain install has not: pip install -r requirements-dev.txt")
+    sys.exit(f"error: bench/transformers_peft.py needs {e.name}: pip install -r requirements-dev.txt")
 
 
 def load(args):
@@ -63,7 +67,7 @@ def examples(rows, tokenizer, max_length: int) -> list[tuple[list[int], list[int
     for where, row in rows:
         messages = data.to_messages(where, row)
         if len(messages) != 2 or "input" not in messages[0]:
-            raise UserError(f"{where}: peer.py reads rows with instruction and output only")
+            raise UserError(f"{where}: the bench reads rows with instruction and output only")
         user, reply = messages
         prompt = ("Below is an instruction that describes a task"
                   + (", paired with an input that provides further context" if user["input"] else "")
@@ -89,7 +93,7 @@ def main(args) -> dict:
     started = time.perf_counter()
     torch.manual_seed(0)
     rng = random.Random(0)
-    args.device = weights.usable_device(args.device)
+    args.device = usable_device(args.device)
     if args.data:
         rows, held_out = data.split(data.read_rows(args.data), 0.01, 0)
     else:
@@ -140,7 +144,8 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(prog="peer.py", description="One LoRA job in transformers + PEFT, for bench.py peers.")
+    p = argparse.ArgumentParser(prog="python -m bench.transformers_peft",
+                                description="One LoRA job in transformers + PEFT, for python -m bench peers.")
     p.add_argument("--model", default="gpt2-nano")
     p.add_argument("--data", help="instruction rows (default: the bundled examples)")
     p.add_argument("--steps", type=int, default=20)

@@ -1,0 +1,6 @@
+"""The tables and pictures of docs/bench: `python -m bench ladder`.
+
+    __main__           the rows of each table; runs them, each in a process of its own
+    tables, plots      what the numbers become
+    transformers_peft  the same job in transformers + PEFT
+"""

@@ -1,0 +1,150 @@
+"""Ask for the peak of a run before it runs. The answer comes from predict.py, a process of its own.
+
+That process imports PyTorch's compiler (72 MB, 2 seconds), which a training run has no other use for. It starts in some 3
+seconds, while the run loads its weights, and answers as many questions as are asked: `--fit` asks some fifteen.
+
+A question is a line of JSON: the options, the model's config.json, and the lengths of the examples in the steps that can
+make the peak. An answer is a line of JSON too:
+
+    {"peak": bytes, "reserved": bytes or null, "by_category": {...}, "params": what memory.count gives}      or
+    {"error": a line}
+
+On a GPU "peak" is what max_memory_allocated will say, and "reserved" what max_memory_reserved will say. On a CPU "peak" is
+the peak of live tensor bytes.
+"""
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import data
+from errors import UserError
+from files import hub, weights
+from run import prepare, record, watch
+from run.options import TrainConfig, resolve_for
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Predictor:
+    """The prediction's process. Use it as a context manager, or let it end with its last answer."""
+
+    def __init__(self):
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (what the process says; it closes with this object)
+        self.process, self.reason = None, ""
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ledger.predict"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+        except OSError as e:  # no memory is left for another process, for example
+            self.reason = str(e)
+
+    def ask(self, cfg: TrainConfig, steps: list) -> "Predictor":
+        """steps: see `examples_of`."""
+        _, _, raw_config = weights.config_of(cfg.model)
+        question = {"options": dataclasses.asdict(cfg), "config": raw_config, "steps": steps}
+        with contextlib.suppress(OSError):  # the process has died: answer() says why
+            if self.process:
+                self.process.stdin.write(json.dumps(question) + "\n")
+                self.process.stdin.flush()
+        return self
+
+    def answer(self) -> dict:
+        """To the question that was asked first among those without an answer."""
+        line = self.process.stdout.readline() if self.process else ""
+        with contextlib.suppress(ValueError):
+            return json.loads(line)
+        return {"error": self.reason or self.last_words()}
+
+    def last_words(self) -> str:
+        self.close()
+        self.log.seek(0)
+        return (self.log.read().strip().splitlines() or [f"the process ended with status {self.process.returncode}"])[-1]
+
+    def close(self):
+        if self.process:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()  # it reads questions until there are no more
+            self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process and error[0]:
+            self.process.kill()
+        self.close()
+
+
+# ---------------------------------------------------------------------------------------------- the steps to ask about
+
+def examples_of(plan, steps: list[int]) -> list:
+    """Of each step, of its micro-batches, (length, labelled tokens) of each example.
+
+    Three micro-batches are enough: the first, which is the largest; the second, beside which there are gradients; the one
+    with most labels.
+    """
+    chosen = []
+    for step in steps:
+        batches = [[(plan.lengths[i], plan.labels[i]) for i in m] for m in plan.numbers(step)]
+        most = max(range(len(batches)), key=lambda i: sum(labels for _, labels in batches[i]))
+        chosen.append([batches[i] for i in sorted({0, min(1, len(batches) - 1), most})])
+    return chosen
+
+
+def largest_steps(cfg: TrainConfig, full_length: bool = False):
+    """(the examples of the run's largest steps, what they are in words, cfg completed for the model).
+
+    The lengths are those of the data if the model's tokenizer is on this machine. If it is not (or full_length), every
+    example has --max-length tokens.
+    """
+    model_config, _, _ = weights.config_of(cfg.model)
+    here = hub.config_file(cfg.model)
+    cfg = dataclasses.replace(cfg)
+    resolve_for(cfg, model_config, weights.stored_bits(here.parent) if here else None)
+    if not full_length and here and data.has_tokenizer(here.parent):
+        _, _, train_set, _ = prepare.read_data(cfg)
+        plan = prepare.plan_steps(train_set, cfg)
+        steps = plan.largest(watch.candidates(0, cfg.steps or cfg.epochs * plan.steps_per_epoch))
+        return examples_of(plan, steps), f"the largest step of {cfg.data}", cfg
+    data.read_rows(cfg.data)
+    why = "" if full_length else f" ({cfg.model}'s tokenizer is not on this machine to measure the data)"
+    steps = [[[(cfg.max_length, cfg.max_length)] * cfg.batch_size] * min(cfg.grad_accum, 2)]
+    return steps, f"steps of {cfg.batch_size} x {cfg.grad_accum} examples of {cfg.max_length} tokens, all learned{why}", cfg
+
+
+# ---------------------------------------------------------------------------------------------- for train.py
+
+def start(cfg: TrainConfig, plan, done: int) -> Predictor | None:
+    """Ask about the run that is about to start. done: the steps that it has taken already."""
+    if cfg.compile:
+        return None
+    return Predictor().ask(cfg, examples_of(plan, plan.largest(watch.candidates(done, cfg.steps))))
+
+
+def collect(predictor: Predictor | None) -> dict:
+    """The answer, printed as it is used. Training goes on without it."""
+    answer = predictor.answer() if predictor else {"error": "--compile changes what is kept"}
+    if predictor:
+        predictor.close()
+    if "error" in answer:
+        print(f"the peak is not predicted: {answer['error']}")
+        return {"peak": None, "by_category": None}
+    print(f"predicted peak {record.peaks(answer)}")
+    return answer
+
+
+def dry_run(cfg: TrainConfig) -> dict:
+    """--dry-run: print what the run would peak at. No weights are read, nothing is downloaded or written."""
+    steps, in_words, cfg = largest_steps(cfg)
+    with Predictor() as predictor:
+        answer = predictor.ask(cfg, steps).answer()
+    if "error" in answer:
+        raise UserError(f"--dry-run: {answer['error']}")
+    print(f"{record.parameters(cfg.model, answer['params'])}\n{in_words}\n")
+    print(f"predicted peak on {cfg.device}: {record.peaks(answer)}\n{record.categories(None, answer['by_category'])}")
+    return answer

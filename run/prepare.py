@@ -1,0 +1,82 @@
+"""What a run needs before its first step: the data, the options that depend on it, the model, the optimizer."""
+import torch
+from torch import nn
+
+import data
+import lora
+from errors import UserError
+from files import weights
+from run.options import TrainConfig
+from techniques.device import device_of
+from techniques.optim import OPTIMIZERS, AdamW
+
+
+def read_data(cfg: TrainConfig):
+    """(tokenizer, template, training set, held-out set)."""
+    tokenizer = data.load_tokenizer(cfg.model)
+    template = data.load_template(cfg.template, tokenizer)
+    rows = data.read_rows(cfg.data)
+    rows, val_rows = (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.split(rows, cfg.val_frac, cfg.seed)
+    train_set, val_set = (data.build(r, tokenizer, template, cfg.max_length) for r in (rows, val_rows))
+    return tokenizer, template, train_set, val_set
+
+
+def plan_steps(train_set: data.Dataset, cfg: TrainConfig) -> data.Plan:
+    return data.Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack)
+
+
+def resolve_steps(cfg: TrainConfig, plan: data.Plan):
+    """Fill in the options that depend on the number of examples. Raises UserError."""
+    cfg.steps = cfg.steps or cfg.epochs * plan.steps_per_epoch
+    cfg.warmup_steps = cfg.steps // 20 if cfg.warmup_steps is None else cfg.warmup_steps
+    if cfg.warmup_steps >= cfg.steps:
+        raise UserError(f"--warmup-steps {cfg.warmup_steps}: the run has {cfg.steps} steps, the full rate is never reached")
+    cfg.eval_every = cfg.eval_every or plan.steps_per_epoch
+    cfg.save_every = cfg.save_every or cfg.eval_every
+
+
+def load_model(cfg: TrainConfig) -> nn.Module:
+    """The model, its weights frozen but for what is trained."""
+    torch.manual_seed(cfg.seed)
+    if cfg.full and cfg.optimizer == "offload_adamw":  # the optimizer takes float32 weights on the CPU: the masters
+        device, bits = "cpu", 32
+    else:
+        device, bits = cfg.device, cfg.bits
+    model = weights.from_scratch(cfg.model, device, cfg.seed) if cfg.from_scratch else weights.load(cfg.model, bits, device)
+    init = "default" if cfg.resume else cfg.lora_init  # a resumed run reads where its adapters started
+    set_trainable(model, cfg, init)
+    if cfg.ckpt_offload and not device_of(cfg.device).own_memory:
+        print(f"--ckpt-offload: on {cfg.device} host and device memory are the same; nothing moves, nothing is saved")
+    return model
+
+
+def set_trainable(model: nn.Module, cfg: TrainConfig, init: str = "default"):
+    """Say what is trained (adapters, or every weight) and which layers are recomputed."""
+    if cfg.full:
+        model.requires_grad_(True)
+    else:
+        targets = cfg.lora_targets.split(",") if cfg.lora_targets else None
+        stored = weights.StoredWeights(cfg.model).read if init != "default" else None
+        lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora, init, stored)
+    model.ckpt_every, model.ckpt_offload = cfg.ckpt_every, cfg.ckpt_offload
+
+
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> AdamW:
+    """--optimizer over everything that is trained. Norms and biases are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    if cfg.optimizer != "offload_adamw":
+        return OPTIMIZERS[cfg.optimizer](groups, cfg.lr)
+    dtype = device_of(cfg.device).half if cfg.full and cfg.bits == 16 else torch.float32
+    return OPTIMIZERS[cfg.optimizer](groups, cfg.lr, device=cfg.device, dtype=dtype)
+
+
+def make_scaler(cfg: TrainConfig) -> torch.amp.GradScaler:
+    """For float16, which ends at 6e-5 on the small side, where gradients are; for other types it does nothing.
+
+    The loss is multiplied by a large number, the scale, and the gradients are divided by it before they are clipped.
+    Whenever a gradient overflows, the step is skipped and the scale is halved.
+    """
+    half = cfg.amp and device_of(cfg.device).half == torch.float16
+    return torch.amp.GradScaler(torch.device(cfg.device).type, enabled=half)

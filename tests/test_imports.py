@@ -1,0 +1,131 @@
+"""The plan of the house, read from the source: which file may import which, and that it works from any folder."""
+import ast
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, make_data, make_folder
+
+MODELS = {"gpt2", "llama", "phi"}
+COMMANDS = {"train", "generate", "export"}
+# From the ground up. A file imports from its own floor and from those below.
+FLOORS = [{"errors"}, {"techniques"}, {*MODELS, "lora", "memory"}, {"files"}, {"data"}, {"run"}, {"ledger"}, COMMANDS,
+          {"bench"}]
+# The two things that others take from a command: how to sample, and the training step, which the prediction runs.
+FROM_COMMANDS = {("train", "generate"), ("ledger.predict", "train")}
+FOLDERS = {"techniques", "files", "run", "ledger", "bench"}
+CORE = ("train", "gpt2", "lora", "techniques.loss", "techniques.recompute", "techniques.attention")
+
+SOURCES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f
+           for f in [*ROOT.glob("*.py"), *(f for folder in FOLDERS for f in (ROOT / folder).glob("*.py"))]}
+
+
+def imports(name: str) -> set[str]:
+    """Of this project's modules those that `name` imports, at the top of the file or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative imports hide where a file stands"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in SOURCES else node.module)
+    return found & SOURCES.keys() - {name}
+
+
+def floor(name: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if name.partition(".")[0] in names)
+
+
+GRAPH = {name: imports(name) for name in SOURCES}
+
+
+def test_every_file_has_a_floor_and_is_read():
+    assert {name.partition(".")[0] for name in SOURCES} == set().union(*FLOORS)
+    assert {f for f in ROOT.glob("*/*.py") if f.parent.name != "tests"} <= set(SOURCES.values())
+    assert sum(map(len, GRAPH.values())) > 100 and "techniques.nf4_triton" in GRAPH["techniques.device"]  # a lazy one
+
+
+def test_no_circle():
+    done = set()
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path[path.index(name):], name])
+        if name not in done:
+            for other in sorted(GRAPH[name]):
+                visit(other, [*path, name])
+            done.add(name)
+
+    for name in GRAPH:
+        visit(name, [])
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_imports_run_down(name):
+    for other in GRAPH[name]:
+        if (name, other) in FROM_COMMANDS:
+            continue
+        assert other not in COMMANDS, f"{name} imports the command {other}"
+        assert floor(other) <= floor(name), f"{name} imports {other}, which stands above it"
+        if name in MODELS:
+            assert other.startswith("techniques."), f"{name} imports {other}; a model file stands by itself"
+        if floor(name) == 1:
+            assert other.startswith("techniques.") or other == "errors"
+
+
+def test_the_core_is_an_afternoon():
+    lines = sum(len(SOURCES[name].read_text(encoding="utf-8").splitlines()) for name in CORE)
+    assert lines < 1250 and len(list(ROOT.glob("*.py"))) <= 12
+
+
+def test_no_name_is_taken():
+    """Neither by Python nor by a package that the requirements bring: the root is on sys.path while a command runs."""
+    names = {name.partition(".")[0] for name in SOURCES}
+    assert not names & set(sys.stdlib_module_names)
+    assert not names & set(importlib.metadata.packages_distributions())
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A working directory, and a PYTHONPATH whose modules have our names and fail when they are imported."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    make_folder(place / "tiny", "gpt2")
+    make_data(place / "rows.jsonl", 12)
+    for name in {n.partition(".")[0] for n in SOURCES}:
+        (place / "theirs" / name).mkdir(parents=True)
+        (place / "theirs" / name / "__init__.py").write_text(f"raise RuntimeError('another {name}')")
+    return place
+
+
+def python(place, *words):
+    env = {**os.environ, "PYTHONPATH": str(place / "theirs")}
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=place, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_commands_run_from_anywhere(elsewhere):
+    """The bundled files, the prediction's process, the commit and a model's relative path are found."""
+    python(elsewhere, ROOT / "train.py", "--model", "tiny", "--data", "rows.jsonl", "--steps", 3, "--samples", 0,
+           "--max-length", 128, "--out", "run")
+    memory = json.loads((elsewhere / "run" / "summary.json").read_text())["memory"]
+    assert memory["predicted_peak"] == memory["measured_peak"] > 0
+    commit = json.loads((elsewhere / "run" / "config.json").read_text())["commit"]
+    if (ROOT / ".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        assert commit == head.stdout.strip()
+    assert "predicted peak on cpu" in python(elsewhere, ROOT / "train.py", "--dry-run", "--steps", 2)  # the bundled files
+    assert python(elsewhere, ROOT / "generate.py", "--model", "tiny", "--adapter", "run/adapter", "--prompt", "hello",
+                  "--max-new-tokens", 2)
+    python(elsewhere, ROOT / "export.py", "merge", "--model", "tiny", "--adapter", "run/adapter", "--out", "merged")
+    assert (elsewhere / "merged" / "model.safetensors").is_file()
+
+
+def test_the_bench_runs_from_anywhere(elsewhere):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "bench", "--help"], cwd=elsewhere, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "python -m bench NAME" in done.stdout
