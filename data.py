@@ -1,9 +1,9 @@
-"""From a data file to batches of token ids: rows -> messages -> segments -> examples -> micro-batches.
+"""From a data file to batches of token ids: rows -> messages -> learned pieces -> examples -> micro-batches.
 
 Three decisions, each against a bug that trains quietly and wrongly elsewhere:
 
-* Labels come from segments. A template turns messages into text pieces, each either learned (the assistant's words and
-  the end-of-text token) or not (the prompt). Each piece is tokenised by itself, and its flag becomes its tokens' flag.
+* Labels come from pieces. A template turns messages into pieces of text, each either learned (the assistant's words
+  and the end-of-text token) or not (the prompt). Each piece is tokenised by itself, and its flag becomes its tokens' flag.
   Nothing is searched for afterwards: a marker such as "### Response:" can tokenise differently in context.
 * Inputs and targets are shifted once, here: position i reads ids[i] and must predict ids[i + 1]. An example of n + 1
   tokens is n positions. Padding is known by its length, never by an id: the end-of-text token is a label like any other.
@@ -247,7 +247,7 @@ def prompt_ids(row, template: str, tokenizer: Tokenizer) -> list[int]:
     """The ids after which the model is to answer: the same pieces, tokenised the same way, as in training."""
     if isinstance(row[0], tuple):
         return tokenize([row[0]], tokenizer, bos=True)[0]
-    pieces = segments([*row, {"role": "assistant", "content": "x"}], template, tokenizer)
+    pieces = learned_pieces([*row, {"role": "assistant", "content": "x"}], template, tokenizer)
     return tokenize(pieces[:-1], tokenizer, bos=False)[0]
 
 

@@ -1,7 +1,8 @@
 """What a card needs for tensors: PyTorch's caching allocator, in its outlines, fed with the ledger's births and deaths.
 
 `max_memory_allocated` is more than the sum of the tensors, and what the card must have, `max_memory_reserved`, is more.
-CUDA's own malloc is slow, so PyTorch takes large slabs from it ("segments" in PyTorch) and cuts them into blocks (c10/cuda/CUDACachingAllocator.cpp):
+CUDA's own malloc is slow, so PyTorch takes large slabs from it (it calls them segments) and cuts them into blocks
+(c10/cuda/CUDACachingAllocator.cpp):
 
     a request     is rounded up to 512 bytes; up to 1 MiB it is "small", and small and large blocks never share a slab
     a free block  serves it if it is large enough: the smallest such one

@@ -99,7 +99,7 @@ def assert_same_gradients(got, wanted, tolerance=1e-6):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_micro_batches_have_the_gradient_of_one_batch(family, full, go, shared, monkeypatch):
-    """transformers#34191: 8 micro-batches of 1 and 4 of 2 are one batch of 8; and that is PyTorch's cross-entropy over it."""
+    """transformers#34191: 8 micro-batches of 1, and 4 of 2, are one batch of 8: PyTorch's cross-entropy over it."""
     first = data.plan([len(e.ids) for e in examples(shared, family)], 8, 1, 0, 0)[0][0]
     chosen = [examples(shared, family)[i] for i in first]
     assert len({sum(t != -100 for t in e.targets) for e in chosen}) > 3  # unequal: a mean of means would be another mean
@@ -122,7 +122,7 @@ def test_micro_batches_have_the_gradient_of_one_batch(family, full, go, shared, 
 
 
 def test_an_example_without_a_label_changes_nothing(go, shared, monkeypatch, tmp_path):
-    """unsloth-zoo#1023: A micro-batch whose only example has every label masked adds 0 to the loss and 0 to the labels divided by."""
+    """unsloth-zoo#1023: a micro-batch whose only example has every label masked adds 0 to the loss and 0 to the labels."""
     make_data(tmp_path / "seven.jsonl", 7)
     seven = dict(data=tmp_path / "seven.jsonl", steps=2, lr=1e-3)
     wanted = gradients(monkeypatch, lambda: go(name="without", batch_size=7, **seven))
@@ -357,7 +357,7 @@ def final_tensors(out):
 
 @pytest.mark.parametrize("family,dropout", [("gpt2", 0.25), ("llama", 0.0), ("phi", 0.25)])
 def test_twenty_steps_are_ten_and_resume_and_ten(family, dropout, go, tmp_path, monkeypatch):
-    """nanoGPT#467: Bit for bit, whether the run dies inside a step (and takes some again) or Ctrl-C lets it finish its step."""
+    """nanoGPT#467: bit for bit, whether the run dies inside a step (and repeats some) or Ctrl-C lets it finish its step."""
     common = dict(steps=20, lr=1e-2, batch_size=2, grad_accum=2, save_every=10, eval_every=10, lora_dropout=dropout)
     go(family, "whole", **common)
 
