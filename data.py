@@ -1,14 +1,15 @@
 """From a data file to batches of token ids: rows -> messages -> learned pieces -> examples -> micro-batches.
 
-Three decisions, each against a bug that trains quietly and wrongly elsewhere:
+Three decisions. Each avoids a mistake that raises no error and trains the wrong thing:
 
-* Labels come from pieces. A template turns messages into pieces of text, each either learned (the assistant's words
-  and the end-of-text token) or not (the prompt). Each piece is tokenised by itself, and its flag becomes its tokens' flag.
-  Nothing is searched for afterwards: a marker such as "### Response:" can tokenise differently in context.
+* Labels come from pieces. A template turns messages into pieces of text. A piece is either learned (the assistant's words
+  and the end-of-text token) or not (the prompt). Each piece is tokenised by itself, and its tokens are learned if the
+  piece is. No marker such as "### Response:" is searched for in the ids: its tokens can differ from context to context.
 * Inputs and targets are shifted once, here: position i reads ids[i] and must predict ids[i + 1]. An example of n + 1
-  tokens is n positions. Padding is known by its length, never by an id: the end-of-text token is a label like any other.
-* The examples of an optimizer step are chosen first, the split into micro-batches second. So --batch-size 8 and
-  --batch-size 2 --grad-accum 4 take the same steps, and --pack lays out the same examples without padding.
+  tokens has n positions. Padding is what lies beyond an example's length. It is never recognised by an id, so the
+  end-of-text token is a label like any other.
+* First the examples of an optimizer step are chosen, then they are split into micro-batches. So --batch-size 8 and
+  --batch-size 2 --grad-accum 4 take the same steps, and --pack takes the same examples without padding between them.
 """
 import csv
 import datetime
@@ -25,13 +26,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from errors import UserError
-from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer  # noqa: F401  (data.load_tokenizer is the name to use)
+from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer  # noqa: F401  (others use data.load_tokenizer)
 from techniques.loss import IGNORE
 
 # ---------------------------------------------------------------------------------------------- templates
 
-# The Alpaca prompt (Taori et al., 2023), written as a chat template so that there is one mechanism, and so that any tool
-# that reads chat_template.jinja can talk to the adapter. A user message may carry an `input` beside its content.
+# The Alpaca prompt (Taori et al., 2023), written as a chat template. So there is one mechanism for all prompts, and any tool
+# that reads chat_template.jinja can use the adapter. A user message may have an `input` besides its content.
 ALPACA = """\
 {%- for m in messages %}
 {%- if m.role == 'system' %}{{ m.content + '\n\n' }}
@@ -47,7 +48,8 @@ ALPACA = """\
 
 
 def load_template(spec: str, tokenizer: Tokenizer) -> str:
-    """The jinja source of a template: "auto" (the checkpoint's own, else Alpaca), "chat", "alpaca", or a .jinja file."""
+    """The jinja source of a template. spec: "auto" (the checkpoint's own, else Alpaca), "chat" (the checkpoint's own),
+    "alpaca", or a .jinja file. Raises UserError."""
     if spec in ("auto", "chat") and tokenizer.chat_template:
         return tokenizer.chat_template
     if spec == "chat":
@@ -71,8 +73,8 @@ def compiled(template: str) -> jinja2.Template:
 
 
 def render(template: str, messages: list[dict], tokenizer: Tokenizer, prompt: bool = False) -> str:
-    """messages -> text. prompt=True ends with whatever makes the model answer."""
-    if ".input" not in template:  # a template that knows no `input`: make it part of the content
+    """messages -> text. With prompt=True the text ends with the words after which the model answers. Raises UserError."""
+    if ".input" not in template:  # the template does not use `input`: make it part of the content
         messages = [{"role": m["role"], "content": m["content"] + "\n\n" + m["input"]} if m.get("input") else m
                     for m in messages]
     try:
@@ -83,11 +85,12 @@ def render(template: str, messages: list[dict], tokenizer: Tokenizer, prompt: bo
 
 
 def learned_pieces(messages: list[dict], template: str, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """Text pieces of a conversation and whether each is learned: the assistant's turns are.
+    """A conversation -> pieces of text, and for each whether it is learned. The assistant's turns are learned.
 
-    An assistant turn is what the template adds between "messages so far, now answer" and "messages so far + the answer".
+    The template is rendered twice for each assistant turn: `asked` ends where the model must answer, and `answered` contains
+    the answer too. The turn is what `answered` has beyond `asked`. Raises UserError if `answered` does not start with it.
     """
-    pieces, done = [], ""
+    pieces, done = [], ""  # done: the text that the pieces contain so far
     for i, m in enumerate(messages):
         if m["role"] != "assistant":
             continue
@@ -100,7 +103,7 @@ def learned_pieces(messages: list[dict], template: str, tokenizer: Tokenizer) ->
         end = reply.rfind(tokenizer.eos)
         if end < 0:
             reply, end = reply + tokenizer.eos, len(reply)
-        end += len(tokenizer.eos)  # what follows the end token (often a newline) opens the next turn: not the model's
+        end += len(tokenizer.eos)  # what follows the end token (often a newline) belongs to the next piece
         pieces += [(asked[len(done):], False), (reply[:end], True)]
         done = asked + reply[:end] if answered.startswith(asked + reply[:end]) else answered
     return pieces
@@ -114,7 +117,10 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def read_rows(path) -> list[tuple[str, dict]]:
-    """A JSON, JSONL, CSV or TXT file -> [(where, row)]; `where` is "file:line" (or row), for error messages."""
+    """A JSON, JSONL, CSV or TXT file -> [(where, row)]. `where` is for error messages: "file:line", or "file: row 3".
+
+    Raises UserError, naming the line, for a file that cannot be read or has no rows.
+    """
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -138,7 +144,7 @@ def read_rows(path) -> list[tuple[str, dict]]:
                 if line.strip():
                     rows.append((f"{path}:{n}", json.loads(line)))
         elif kind == ".csv":
-            csv.field_size_limit(2 ** 31 - 1)  # documents are longer than the module's 131,072 characters
+            csv.field_size_limit(2 ** 31 - 1)  # documents can be longer than the default, 131,072 characters
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             rows = [(f"{path}:{reader.line_num}", r) for r in reader]
         elif kind == ".txt":
@@ -149,7 +155,7 @@ def read_rows(path) -> list[tuple[str, dict]]:
         line = e.lineno if kind == ".json" else n
         raise UserError(f"{path}:{line}: broken JSON ({e.msg}, column {e.colno})") from None
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num + 1}: broken CSV ({e})") from None  # it counts the rows that were whole
+        raise UserError(f"{path}:{reader.line_num + 1}: broken CSV ({e})") from None  # line_num: of the last good row
     if not rows:
         raise UserError(f"{path}: no rows in it")
     for where, row in rows:
@@ -159,12 +165,15 @@ def read_rows(path) -> list[tuple[str, dict]]:
 
 
 def whole(text: str) -> str:
-    """Half a character (a text cut in UTF-16 can end in one) -> U+FFFD: it can be neither tokenised nor written."""
+    """Half a character -> U+FFFD. Text that was cut in UTF-16 can end so; it can be neither tokenised nor written."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def to_messages(where: str, row: dict):
-    """A row -> its messages, or (text, learned) pieces where no template applies (prompt/completion, text)."""
+def to_messages(where: str, row: dict) -> list:
+    """A row -> its messages, or its (text, learned) pieces if it needs no template (prompt+completion, text).
+
+    Raises UserError for a row without known columns, or with a wrong type in one of them.
+    """
     def field(name, default=None):
         value = row.get(name, default)
         if not isinstance(value, str):
@@ -178,7 +187,7 @@ def to_messages(where: str, row: dict):
             if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
                 raise UserError(f"{where}: field {column!r} must be a list of objects")
             if turns and role_key not in turns[0]:
-                role_key, text_key = "role", "content"  # FineTome's cousins mix the two spellings
+                role_key, text_key = "role", "content"  # some datasets use these keys in "conversations" too
             messages = []
             for t in turns:
                 role, content = t.get(role_key), t.get(text_key)
@@ -201,8 +210,8 @@ def to_messages(where: str, row: dict):
     raise UserError(f"{where}: no known columns among {', '.join(map(str, row)) or 'none'}; expected {KNOWN}")
 
 
-def prompt_of(row) -> tuple[list, str] | None:
-    """(the prompt, the reply) of a row as to_messages gives it, for samples; None where there is nothing to reply to."""
+def prompt_of(row: list) -> tuple[list, str] | None:
+    """A row as to_messages returns it -> (the prompt, the last reply), for samples. None if it has no prompt or no reply."""
     if isinstance(row[0], tuple):
         return ([row[0]], row[1][0]) if len(row) == 2 else None
     last = max((i for i, m in enumerate(row) if m["role"] == "assistant"), default=0)
@@ -210,9 +219,9 @@ def prompt_of(row) -> tuple[list, str] | None:
 
 
 def prompts(data: "Dataset", n: int) -> list[tuple[list, str]]:
-    """Some n (prompt, reply) pairs, spread over the rows; fewer where there are fewer."""
-    found = [p for p in map(prompt_of, data.rows) if p]
-    return found[::max(1, len(found) // max(1, n))][:n]
+    """At most n (prompt, reply) pairs, spread evenly over the rows."""
+    pairs = [p for p in map(prompt_of, data.rows) if p]
+    return pairs[::max(1, len(pairs) // max(1, n))][:n]
 
 
 # ---------------------------------------------------------------------------------------------- examples
@@ -220,44 +229,48 @@ def prompts(data: "Dataset", n: int) -> list[tuple[list, str]]:
 @dataclass
 class Example:
     ids: list[int]  # what each position reads
-    targets: list[int]  # what it must predict: the next token, or -100
+    targets: list[int]  # what it must predict: the next token, or -100 (no label)
     n_bytes: int = 0  # UTF-8 bytes of the labelled text, for bits per byte
 
     @property
-    def n_labels(self):
+    def n_labels(self) -> int:
         return sum(t != IGNORE for t in self.targets)
 
 
 @dataclass
 class Dataset:
     examples: list[Example]
-    rows: list  # as to_messages gives them, for samples
+    rows: list  # as to_messages returns them, for samples
     n_dropped: int = 0  # rows without a labelled token
-    n_truncated: int = 0
+    n_truncated: int = 0  # rows that were cut to max_length
 
     def __len__(self):
         return len(self.examples)
 
     @property
-    def n_labels(self):
+    def n_labels(self) -> int:
         return sum(e.n_labels for e in self.examples)
 
 
-def prompt_ids(row, template: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids after which the model is to answer: the same pieces, tokenised the same way, as in training."""
+def prompt_ids(row: list, template: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids after which the model must answer: the same pieces as in training, tokenised in the same way."""
     if isinstance(row[0], tuple):
         return tokenize([row[0]], tokenizer, bos=True)[0]
     pieces = learned_pieces([*row, {"role": "assistant", "content": "x"}], template, tokenizer)
     return tokenize(pieces[:-1], tokenizer, bos=False)[0]
 
 
-def tokenize(pieces, tokenizer: Tokenizer, bos: bool) -> tuple[list[int], list[bool]]:
-    """Pieces of text -> ids, and for each whether it is learned. bos: these are raw texts, no template wrote a BOS."""
+def tokenize(pieces: list[tuple[str, bool]], tokenizer: Tokenizer, bos: bool) -> tuple[list[int], list[bool]]:
+    """Pieces of text -> ids, and for each id whether it is learned.
+
+    bos: True for raw text, which no template has written. It gets a BOS token if the tokenizer adds one, and a special
+    token's name in it is plain text.
+    """
     ids = [tokenizer.specials[tokenizer.bos]] if bos and tokenizer.adds_bos else []
     learned = [False] * len(ids)
     for i, (text, learn) in enumerate(pieces):
         if i and not bos and tokenizer.eos in tokenizer.specials and pieces[i - 1][0].endswith(tokenizer.eos):
-            # Some tokenizers put a space after a special token, some take one away: let it see the token.
+            # Some tokenizers add a space after a special token, some remove one. So the tokenizer must see this token.
             piece = tokenizer.encode(tokenizer.eos + text, specials=True)[1:]
         else:
             piece = tokenizer.encode(text, specials=not bos, continued=i > 0)
@@ -266,10 +279,10 @@ def tokenize(pieces, tokenizer: Tokenizer, bos: bool) -> tuple[list[int], list[b
     return ids, learned
 
 
-def build(rows, tokenizer: Tokenizer, template: str, max_length: int) -> Dataset:
-    """Rows as read_rows gives them -> Dataset. Raises UserError when not one row has a label left.
+def build(rows: list[tuple[str, dict]], tokenizer: Tokenizer, template: str, max_length: int) -> Dataset:
+    """Rows as read_rows returns them -> Dataset. Raises UserError if no row has a labelled token.
 
-    Rows longer than max_length positions are cut, except plain text: that becomes consecutive windows, nothing is lost.
+    A row longer than max_length positions is cut. Only plain text is not: it becomes consecutive windows of max_length.
     """
     data = Dataset([], [])
     for where, row in tqdm(rows, desc="tokenising", leave=False, disable=len(rows) < 2000):
@@ -308,8 +321,8 @@ def build(rows, tokenizer: Tokenizer, template: str, max_length: int) -> Dataset
     return data
 
 
-def split(rows: list, fraction: float, seed: int):
-    """(training rows, held-out rows), chosen at random."""
+def split(rows: list, fraction: float, seed: int) -> tuple[list, list]:
+    """(training rows, held-out rows), chosen at random; `fraction` of the rows is held out. Raises UserError."""
     n = round(len(rows) * fraction)
     if not 0 < n < len(rows):
         raise UserError(f"--val-frac {fraction} of {len(rows)} rows leaves {n} to validate on and {len(rows) - n} to train "
@@ -324,10 +337,13 @@ WINDOW_STEPS = 16
 
 
 def plan(lengths: list[int], batch_size: int, grad_accum: int, seed: int, epoch: int) -> list[list[list[int]]]:
-    """One epoch: optimizer steps, each a list of micro-batches, each a list of example numbers. Every example once.
+    """One epoch: a list of optimizer steps. A step is a list of micro-batches, a micro-batch a list of example numbers.
 
-    Shuffle; sort by length inside windows of 16 steps, so that neighbours need little padding and the order stays
-    random at large; cut into steps; shuffle the steps. The last step may be smaller: the loss divides by its labels.
+    1. Shuffle all examples, and cut them into windows of 16 steps.
+    2. Sort each window by length, so that the examples of a micro-batch need little padding.
+    3. Cut the windows into steps, and shuffle the steps. So long and short examples come in random order.
+
+    Every example occurs once. One step may be smaller. This is harmless, because the loss is divided by the step's labels.
     """
     rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=rng).tolist()
@@ -335,14 +351,14 @@ def plan(lengths: list[int], batch_size: int, grad_accum: int, seed: int, epoch:
     window = per_step * WINDOW_STEPS
     steps = []
     for w in range(0, len(order), window):
-        near = sorted(order[w:w + window], key=lambda i: -lengths[i])
-        steps += [near[s:s + per_step] for s in range(0, len(near), per_step)]
+        by_length = sorted(order[w:w + window], key=lambda i: -lengths[i])
+        steps += [by_length[s:s + per_step] for s in range(0, len(by_length), per_step)]
     shuffled = [steps[i] for i in torch.randperm(len(steps), generator=rng).tolist()]
     return [[step[m:m + batch_size] for m in range(0, len(step), batch_size)] for step in shuffled]
 
 
 class Plan:
-    """Which examples each optimizer step of a run takes: plan() epoch by epoch."""
+    """The examples of each optimizer step of a run. plan() is called once for each epoch."""
 
     def __init__(self, data: Dataset, batch_size: int, grad_accum: int, seed: int, pack: bool = False):
         self.examples, self.pack, self.how = data.examples, pack, (batch_size, grad_accum, seed)
@@ -361,14 +377,14 @@ class Plan:
         return [[self.examples[i] for i in m] for m in self.numbers(step)]
 
     def size(self, step: int) -> tuple[int, int]:
-        """What the step's memory grows with: the positions of its largest micro-batch, the labels of the one with most."""
+        """(most positions of a micro-batch, most labels of a micro-batch) in this step. Its memory grows with both."""
         batches = self.numbers(step)
         lengths = [[self.lengths[i] for i in m] for m in batches]
         return (max(sum(n) if self.pack else len(n) * max(n) for n in lengths),
                 max(sum(self.labels[i] for i in m) for m in batches))
 
     def largest(self, steps: range) -> list[int]:
-        """Of `steps` the one with most positions, and the one with most labels, if that is another."""
+        """The step with the most positions, and the step with the most labels if it has more of them than the first."""
         sizes = {step: self.size(step) for step in steps}
         most = [max(sizes, key=sizes.get), max(sizes, key=lambda step: sizes[step][::-1])]
         return most[:1] if sizes[most[0]][1] == sizes[most[1]][1] else most
@@ -377,14 +393,14 @@ class Plan:
 @dataclass
 class Batch:
     ids: torch.Tensor  # (B, T)
-    targets: torch.Tensor  # (B, T), -100 where nothing is learned
-    positions: torch.Tensor | None = None  # (B, T) of a packed row
-    segments: list[int] | None = None  # the lengths of its examples
+    targets: torch.Tensor  # (B, T), -100 where there is no label
+    positions: torch.Tensor | None = None  # (1, T) for a packed row
+    segments: list[int] | None = None  # the lengths of its examples, and of its padding
     n_examples: int = 0
     n_tokens: int = 0  # without padding
     n_labels: int = 0
 
-    def to(self, device):
+    def to(self, device) -> "Batch":
         for f in ("ids", "targets", "positions"):
             if getattr(self, f) is not None:
                 setattr(self, f, getattr(self, f).to(device, non_blocking=True))
@@ -395,15 +411,15 @@ MULTIPLE = 8
 
 
 def collate(examples: list[Example], pack: bool = False, limit: int | None = None) -> Batch:
-    """Examples -> one rectangle: padded on the right to the longest, or (pack) laid end to end in a single row.
+    """Examples -> a Batch: padded on the right to the longest one, or with `pack` one after another in a single row.
 
-    A packed row, and T where there is a limit, are rounded up to a multiple of 8 (T not beyond the limit): for each new
-    shape the CPU's matrix library compiles kernels and keeps them. SmolLM2-135M, 20 steps: 879 MB resident; every length
-    as it comes: 1,005.
+    The length of a packed row is rounded up to a multiple of 8. So is T if there is a `limit`, but not beyond it. Rounding
+    gives fewer shapes, and for each shape the CPU's matrix library compiles kernels and keeps them. SmolLM2-135M, 20 steps:
+    879 MB RSS, and 1,005 MB without rounding.
     """
     lengths = [len(e.ids) for e in examples]
     if pack:
-        rest = -sum(lengths) % MULTIPLE  # padding, as one more segment that nothing else attends to
+        rest = -sum(lengths) % MULTIPLE  # padding is one more segment, to which no example attends
         segments = lengths + [rest] * (rest > 0)
         batch = Batch(torch.tensor([[i for e in examples for i in e.ids] + [0] * rest]),
                       torch.tensor([[t for e in examples for t in e.targets] + [IGNORE] * rest]))
@@ -411,7 +427,7 @@ def collate(examples: list[Example], pack: bool = False, limit: int | None = Non
     else:
         longest = max(lengths)
         T = longest if limit is None else min(longest + -longest % MULTIPLE, limit)
-        # The id of padding is never looked at: 0 exists in every vocabulary.
+        # No real token reads the padding, so its id does not matter. 0 exists in every vocabulary.
         batch = Batch(torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in examples]),
                       torch.tensor([e.targets + [IGNORE] * (T - len(e.ids)) for e in examples]))
     batch.n_examples, batch.n_tokens = len(examples), sum(lengths)
@@ -420,7 +436,7 @@ def collate(examples: list[Example], pack: bool = False, limit: int | None = Non
 
 
 def show(examples: list[Example], tokenizer: Tokenizer, colour: bool) -> str:
-    """Decoded examples with what is learned marked: green on a terminal, [[...]] elsewhere; the rest is only read."""
+    """Decoded examples. The labelled tokens are marked: green if `colour`, else [[...]]."""
     lines = []
     for n, e in enumerate(examples, 1):
         ids = e.ids + [t for t in e.targets[-1:] if t != IGNORE]
@@ -429,9 +445,9 @@ def show(examples: list[Example], tokenizer: Tokenizer, colour: bool) -> str:
         for end in range(1, len(ids) + 1):
             if end < len(ids) and learned[end] == learned[start]:
                 continue
-            text = tokenizer.decode(ids[:end])[shown:]  # by itself, a run could lose its first space
+            text = tokenizer.decode(ids[:end])[shown:]  # decoded alone, this part could lose its first space
             if end < len(ids):
-                text = text.rstrip("\ufffd")  # half a character: the next run has the rest
+                text = text.rstrip("\ufffd")  # part of a character: the next part has the rest
             shown += len(text)
             out += (f"\x1b[32m{text}\x1b[0m" if colour else f"[[{text}]]") if learned[start] else text
             start = end

@@ -1,13 +1,17 @@
 """Sampling, one token at a time, with a KV cache.
 
-Attention over T tokens needs every earlier token's k and v, and they never change. Keeping them makes a new token cost
-one token's work instead of T: the cache is 2 * n_layer * n_kv_head * head_dim numbers a token. GPT-2 124M in float32:
-2 * 12 * 768 * 4 = 74 kB a token; LLaMA-7B in 16 bit 512 kB; Llama 3.2 1B, with 8 key/value heads of 64, 32 kB.
+    python generate.py --model M [--adapter DIR] [--prompt TEXT]       without --prompt: each line of input gets a reply
 
-Usage: python generate.py --model M [--adapter DIR] [--prompt TEXT]       without --prompt: a line of input, a reply
+A new token attends to the k and v of every earlier token, and these never change. With a cache that keeps them, a new token
+costs the work of one token instead of T tokens. The cache takes, in bytes a token (GPT-2 in float32, the others in 16 bit):
+
+    2 * n_layer * n_kv_head * head_dim * bytes a number      GPT-2 124M      2 * 12 * 768 * 4      =  74 kB
+                                                             LLaMA-7B        2 * 32 * 4096 * 2     = 524 kB
+                                                             Llama 3.2 1B    2 * 16 * 8 * 64 * 2   =  33 kB
 """
 import argparse
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +31,10 @@ class KVCache:
         self.k, self.v = [None] * config.n_layer, [None] * config.n_layer
 
     def extend(self, layer: int, k, v):
-        """Append k, v (B, K, T, D); returns everything so far (B, K, length + T, D). Any T first, then T = 1."""
+        """Append k, v (B, K, T, D). Returns the k and v of all tokens so far, each (B, K, length + T, D).
+
+        The first call may have any T, each later call T = 1. Raises ValueError for another T.
+        """
         T = k.shape[2]
         if self.k[layer] is None:
             shape = (k.shape[0], k.shape[1], self.max_length, k.shape[3])
@@ -37,13 +44,16 @@ class KVCache:
         end = self.length + T
         self.k[layer][:, :, self.length:end], self.v[layer][:, :, self.length:end] = k, v
         if layer == self.n_layer - 1:
-            self.length = end  # the last layer has seen these tokens
+            self.length = end  # the tokens count when every layer has added them
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
 def choose(logits, temperature: float, top_p: float, rng) -> int:
-    """Draw from softmax(logits / temperature), cut to the smallest set of tokens whose probability reaches top_p
-    (nucleus sampling, arXiv:1904.09751). Temperature 0 takes the most likely token."""
+    """logits (V,) -> a token id, drawn from softmax(logits / temperature).
+
+    Only the most likely tokens take part: the smallest set whose probabilities sum to top_p or more (nucleus sampling,
+    arXiv:1904.09751). Temperature 0 takes the most likely token.
+    """
     if temperature == 0:
         return int(logits.argmax())
     p, order = torch.softmax(logits.float() / temperature, -1).sort(descending=True)
@@ -52,8 +62,10 @@ def choose(logits, temperature: float, top_p: float, rng) -> int:
 
 
 @torch.no_grad()
-def stream(model, ids, max_new_tokens: int = 64, temperature: float = 0.7, top_p: float = 0.9, seed: int = 0, stop_ids=()):
-    """Yield new token ids until a stop id, max_new_tokens or the end of the model's positions."""
+def stream(model, ids: list[int], max_new_tokens: int = 64, temperature: float = 0.7, top_p: float = 0.9, seed: int = 0,
+           stop_ids=()) -> Iterator[int]:
+    """Yield new token ids, up to and with the first stop id. It ends earlier after max_new_tokens, or when all of the
+    model's positions are used. Raises UserError for options out of range, and for a prompt that is empty or too long."""
     if temperature < 0 or not 0 < top_p <= 1:
         raise UserError(f"--temperature {temperature} must not be negative, --top-p {top_p} must be in (0, 1]")
     if not ids:
@@ -69,7 +81,7 @@ def stream(model, ids, max_new_tokens: int = 64, temperature: float = 0.7, top_p
         cache = KVCache(model.config, min(limit, len(ids) + max_new_tokens))
         x = torch.tensor([ids], device=device)
         for _ in range(min(max_new_tokens, limit - len(ids))):
-            last = model.hidden(x, cache=cache)[:, -1]  # the head's V * C work for one position only
+            last = model.hidden(x, cache=cache)[:, -1]  # the head's V * C products for the last position only
             token = choose(model.head(last)[0], temperature, top_p, rng)
             yield token
             if token in stop_ids:
@@ -79,21 +91,25 @@ def stream(model, ids, max_new_tokens: int = 64, temperature: float = 0.7, top_p
         model.train(was_training)
 
 
-def generate(model, ids, max_new_tokens: int = 64, temperature: float = 0.7, top_p: float = 0.9, seed: int = 0, stop_ids=()):
+def generate(model, ids, max_new_tokens: int = 64, temperature: float = 0.7, top_p: float = 0.9, seed: int = 0,
+             stop_ids=()) -> list[int]:
     """Prompt ids (a list, or a tensor (T,) or (1, T)) -> prompt and continuation, as a list of ids."""
     ids = ids.flatten().tolist() if isinstance(ids, torch.Tensor) else list(ids)
     return ids + list(stream(model, ids, max_new_tokens, temperature, top_p, seed, stop_ids))
 
 
-def reply(model, tokenizer, ids, on_text=None, **options) -> str:
-    """The continuation of `ids` as text, without its end token; on_text(piece) is called as the text grows."""
+def reply(model, tokenizer, ids: list[int], on_text: Callable[[str], None] | None = None, **options) -> str:
+    """The continuation of `ids` as text, without its end token. on_text is called with each new part of the text.
+
+    options: those of `stream`.
+    """
     new, shown = [], 0
     for token in stream(model, ids, stop_ids=tokenizer.stop_ids, **options):
         if token in tokenizer.stop_ids:
             break
         new.append(token)
         text = tokenizer.decode(new)
-        if on_text and not text.endswith("\ufffd"):  # half a character: its other bytes are in the next token
+        if on_text and not text.endswith("\ufffd"):  # part of a character: the next token has its other bytes
             on_text(text[shown:])
             shown = len(text)
     return tokenizer.decode(new)
@@ -104,16 +120,16 @@ def main(argv=None):
     p.add_argument("--model", default="gpt2-nano", help="short name, hub repository or folder (default: %(default)s)")
     p.add_argument("--adapter", help="folder of a LoRA adapter, such as runs/gpt2-nano-1/adapter")
     p.add_argument("--prompt", help="what to reply to; without it, every line of standard input gets a reply")
-    p.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
+    p.add_argument("--raw", action="store_true", help="continue the prompt itself, without a chat template")
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.7, help="0: always the most likely token")
     p.add_argument("--top-p", type=float, default=0.9)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--bits", type=int, choices=(32, 16, 8, 4), help="how the weights are held (default: as stored, or as "
-                   "the adapter was trained if in 8 or 4, else 32)")
+    p.add_argument("--bits", type=int, choices=(32, 16, 8, 4), help="bits of each weight in memory (default: 8 or 4 if "
+                   "the checkpoint is stored so or the adapter was trained so, else 32)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     a = p.parse_args(argv)
-    if a.prompt is not None and not a.raw and not a.prompt.strip():  # its template alone would get an answer
+    if a.prompt is not None and not a.raw and not a.prompt.strip():  # the model would answer to the empty template
         raise UserError("--prompt is empty: there is nothing to reply to")
     bits = a.bits or weights.stored_bits(weights.find(a.model))
     if not bits and a.adapter:
@@ -124,7 +140,7 @@ def main(argv=None):
     template = data.load_template("auto", tokenizer)
     if a.adapter:
         peft_files.load(model, a.adapter)
-        saved = Path(a.adapter) / "chat_template.jinja"  # the template it was trained with, not the model's
+        saved = Path(a.adapter) / "chat_template.jinja"  # the template that the adapter was trained with
         template = saved.read_text(encoding="utf-8") if saved.is_file() else template
 
     def answer(text):

@@ -1,27 +1,28 @@
 """GPT-2, from token ids to logits, in one file.
 
-Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). A stack of identical blocks reads and
-writes one vector per token, the residual stream:
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Each token has one vector, and these
+vectors are the residual stream x. Identical blocks, one after another, read x and add to it:
 
-    x = wte[ids] + wpe[positions]          token and position embedding
+    x = wte[ids] + wpe[positions]          token embedding + position embedding
     x = x + attn(ln_1(x))                  tokens exchange information
-    x = x + mlp(ln_2(x))                   each token thinks for itself         ... n_layer times
+    x = x + mlp(ln_2(x))                   each token is processed by itself     ... n_layer times
     logits = ln_f(x) @ wte.T               the head is the token embedding again ("tied")
 
-Attribute names are the checkpoint's own (`h.0.attn.c_attn.weight`), so that loading needs no table of names.
-The 0.1 dropout of GPT-2's pretraining is not applied: fine-tuning regularises in the adapter (lora.py).
+The attributes have the checkpoint's own names (`h.0.attn.c_attn.weight`), so loading needs no table of names.
+The 0.1 dropout of GPT-2's pretraining is not applied. In fine-tuning, the adapter can have dropout instead (lora.py).
 
-What the activations cost. Backward needs, for each token and layer in 16 bit: the inputs of the two norms (4C bytes),
-the input of the adapter (2C), q, k, v (6C), attention's output (2C) and GELU's input (8C): 22C bytes. GPT-2 124M
-(C = 768, 12 layers), 4 x 512 tokens: 22 * 768 * 12 * 2048 = 415 MB, more than its 249 MB of weights. `ckpt_every`
-trades most of that for a second forward of the layer, which then keeps its 2C bytes of input, no more (checkpoint.py).
+What the activations cost. For each token and layer, backward needs in 16 bit: the inputs of the two norms (4C bytes),
+the adapter's input (2C), q, k, v (6C), attention's output (2C) and GELU's input (8C). Together: 22C bytes. GPT-2 124M
+(C = 768, 12 layers), 4 x 512 tokens: 22 * 768 * 12 * 2048 = 415 MB, more than its 249 MB of weights. (On a CPU
+attention's output is computed again instead: 20C.) `ckpt_every` saves most of these bytes: a recomputed layer keeps
+only its input, 2C bytes a token, and runs a second time in backward (recompute.py).
 
 Shapes: B batch, T time, C n_embd, H heads, D head_dim (C = H * D), F n_inner, V vocab.
 """
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from techniques.attention import attend
@@ -29,7 +30,7 @@ from techniques.recompute import recompute
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.json -> F.gelu(approximate=)
 
-# config.json keys that do not change what the model computes when it runs or is fine-tuned.
+# Keys of config.json that change nothing in what the model computes, in use or in fine-tuning.
 HARMLESS = set("""architectures model_type transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
     attn_pdrop embd_pdrop resid_pdrop initializer_range n_ctx use_cache return_dict id2label label2id
     chunk_size_feed_forward task_specific_params gradient_checkpointing""".split())
@@ -63,16 +64,16 @@ class Config:
             raise ValueError(f"activation_function {d.activation!r} is not implemented (only {', '.join(ACTIVATIONS)})")
         if not c.pop("scale_attn_weights", True):
             raise ValueError("scale_attn_weights: false is not implemented")
-        for key, value in c.items():  # an option left at null, false or empty is switched off
+        for key, value in c.items():  # an option that is null, false or empty is switched off
             if value:
                 raise ValueError(f"option {key!r}: {value!r} is not implemented by gpt2.py")
         return d
 
 
 class Conv1D(nn.Module):
-    """y = x W + b with W stored (in, out): a Linear's weight, transposed. GPT-2's checkpoints have it that way."""
+    """y = x W + b with W stored as (in, out), the transpose of a Linear's weight. GPT-2's checkpoints store it so."""
 
-    fan_in_fan_out = True  # PEFT's name for this layout; lora.py reads it
+    fan_in_fan_out = True  # PEFT's name for this layout; lora.py and files/ read it
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -85,11 +86,11 @@ class Conv1D(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """(x - mean) / std * weight + bias, in the type of x. The kernel computes in float32 by itself and rounds once.
+    """(x - mean) / std * weight + bias, in the type of x. The kernel computes in float32 inside and rounds once.
 
-    CUDA's autocast does not count on that: it would give the kernel a float32 copy of a 16-bit x and return float32.
-    Backward keeps the copy: 4C bytes a token and norm instead of 2C, 157 MB instead of 79 over the 25 norms of GPT-2 124M
-    for 4 x 512 tokens. A CPU's autocast lets x be.
+    So autocast is switched off here. On a GPU it would give the kernel a float32 copy of a 16-bit x, and return float32.
+    Backward would keep this copy: 4C bytes a token and norm instead of 2C. GPT-2 124M has 25 norms; for 4 x 512 tokens
+    they would keep 157 MB instead of 79 MB. (A CPU's autocast makes no such copy.)
     """
 
     def forward(self, x):
@@ -103,14 +104,14 @@ class Attention(nn.Module):
         C = config.n_embd
         self.layer, self.n_head, self.head_dim = layer, config.n_head, config.head_dim
         self.c_attn = Conv1D(C, 3 * C)  # q, k and v from one matrix product
-        self.c_attn.parts = {"q": C, "k": C, "v": C}  # so that an adapter can sit on q and v alone
+        self.c_attn.parts = {"q": C, "k": C, "v": C}  # so that q and v can have an adapter, and k none
         self.c_proj = Conv1D(C, C)
 
     def forward(self, x, segments=None, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # every token so far; x is the prompt, or one new token
+            k, v = cache.extend(self.layer, k, v)  # of all tokens so far; x is the prompt, or one new token
         y = attend(q, k, v, segments)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -142,7 +143,7 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 small to XL. files/weights.py lists what every family offers, under "Adding a model family"."""
 
-    prefix = "transformer."  # newer checkpoints and PEFT adapters put this before every name
+    prefix = "transformer."  # newer checkpoints and PEFT adapters put this before every name but the head's
     head_name = "lm_head"
     default_targets = ("c_attn.q", "c_attn.v")
 
@@ -157,7 +158,7 @@ class GPT2(nn.Module):
         self.tie()
 
     def tie(self):
-        """One matrix in two roles: 50257 x 768 weights of GPT-2 124M stored (and counted) once, not twice."""
+        """One matrix has two roles. GPT-2 124M: its 50257 x 768 weights are stored, and counted, once instead of twice."""
         if self.config.tied_head:
             self.lm_head.weight = self.wte.weight
 
@@ -169,11 +170,11 @@ class GPT2(nn.Module):
     def blocks(self):
         return self.h
 
-    def hidden(self, ids, positions=None, segments=None, cache=None):
+    def hidden(self, ids: Tensor, positions: Tensor | None = None, segments: list[int] | None = None, cache=None) -> Tensor:
         """Token ids (B, T) -> the final norm's output (B, T, C).
 
-        positions: (B, T) or (T,), default 0..T-1 (after what the cache holds). segments: lengths of the examples of a
-        packed row (then B is 1). cache: generate.KVCache.
+        positions: (B, T) or (T,). Default: 0..T-1, or the T positions that follow the tokens in the cache.
+        segments: the lengths of the examples in a packed row (then B is 1). cache: a generate.KVCache.
         """
         if positions is None:
             past = cache.length if cache is not None else 0
@@ -181,10 +182,10 @@ class GPT2(nn.Module):
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.h):
             if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():
-                x = recompute(block, x, segments, cache, offload=self.ckpt_offload)  # keep x, recompute the rest
+                x = recompute(block, x, segments, cache, offload=self.ckpt_offload)  # keeps x alone
             else:
                 x = block(x, segments, cache)
         return self.ln_f(x)
 
-    def forward(self, ids, positions=None, segments=None, cache=None):
+    def forward(self, ids: Tensor, positions: Tensor | None = None, segments: list[int] | None = None, cache=None) -> Tensor:
         return self.head(self.hidden(ids, positions, segments, cache))  # (B, T, V)

@@ -3,14 +3,15 @@
 Touvron et al., "LLaMA" (2023, arXiv:2302.13971) and "Llama 2" (arXiv:2307.09288). What differs from gpt2.py:
 
 * RMSNorm instead of LayerNorm: no mean, no bias.
-* Rotary positions (RoPE) turn q and k inside attention; there is no position embedding to run out of.
-* SwiGLU instead of GELU: silu(gate(x)) * up(x), three matrices of F = 8/3 C instead of two of 4C.
-* Grouped-query attention: K key/value heads serve H query heads, H / K each (Llama 2 70B, all of Llama 3).
-* q, k and v are three Linear layers without bias, stored (out, in); the head is tied only in the small models.
+* Rotary positions (RoPE): q and k are rotated inside attention. There is no table of position embeddings.
+* SwiGLU instead of GELU: silu(gate(x)) * up(x), three matrices of width F, about 8/3 C, instead of two of width 4C.
+* Grouped-query attention: each of the K key/value heads serves H / K of the H query heads (Llama 2 70B, all of Llama 3).
+* q, k and v are three Linear layers without bias, stored as (out, in). Only the small models have a tied head.
 
-What the activations cost, a token and layer, in 16 bit and without checkpointing: the two norm inputs (4C bytes),
+What the activations cost, a token and layer, in 16 bit and without recomputation: the inputs of the two norms (4C bytes),
 the adapters' input (2C), q, k, v (2C + 4KD), attention's output (2C), SwiGLU's gate and up (4F).
-LLaMA-7B (C = KD = 4096, F = 11008, 32 layers): 102 kB a layer, 3.3 MB a token: 1.7 GB for 512 tokens.
+LLaMA-7B (C = KD = 4096, F = 11008, 32 layers): 14C + 4F = 101,376 bytes, 101 kB a layer. A token costs 3.24 MB in the 32
+layers, and 512 tokens cost 1.66 GB. (On a CPU attention's output is computed again instead: 2C bytes less.)
 
 Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head_dim, F n_inner, V vocab.
 """
@@ -18,13 +19,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from techniques.attention import attend
 from techniques.recompute import recompute
 
-# config.json keys that do not change what the model computes when it runs or is fine-tuned.
+# Keys of config.json that change nothing in what the model computes, in use or in fine-tuning.
 HARMLESS = set("""architectures model_type transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
     unk_token_id initializer_range attention_dropout use_cache return_dict id2label label2id chunk_size_feed_forward
     max_sequence_length pretraining_tp task_specific_params gradient_checkpointing""".split())
@@ -51,7 +52,7 @@ class Config:
     def from_json(cls, c: dict) -> "Config":
         """Read a checkpoint's config.json. Raises ValueError for any option that this file does not implement."""
         c = {k: v for k, v in c.items() if k not in HARMLESS and not k.startswith("_")}
-        rope = {**(c.pop("rope_scaling", None) or {}), **(c.pop("rope_parameters", None) or {})}  # old, new spelling
+        rope = {**(c.pop("rope_scaling", None) or {}), **(c.pop("rope_parameters", None) or {})}  # old and new key
         theta = rope.pop("rope_theta", None) or c.pop("rope_theta", None) or 10000.0
         c.pop("rope_theta", None)
         n_embd, n_head = c.pop("hidden_size"), c.pop("num_attention_heads")
@@ -65,7 +66,7 @@ class Config:
             raise ValueError(f"num_attention_heads {n_head} is not divisible by num_key_value_heads {d.n_kv_head}")
         if (act := c.pop("hidden_act", "silu")) != "silu":
             raise ValueError(f"hidden_act {act!r} is not implemented (only silu)")
-        for key, value in c.items():  # an option left at null, false or empty is switched off
+        for key, value in c.items():  # an option that is null, false or empty is switched off
             if value:
                 raise ValueError(f"option {key!r}: {value!r} is not implemented by llama.py")
         return d
@@ -87,18 +88,19 @@ def read_rope_scaling(rope: dict) -> dict | None:
     return None if kind == "default" else {"rope_type": kind, **rope}
 
 
-def rope_tables(config: Config, positions):
-    """(cos, cos) and (-sin, sin), each (..., T, 1, D), of position * theta^(-2i/D), i < D/2 (RoFormer, arXiv:2104.09864,
-    eq. 15), in float32.
+def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """positions (..., T) -> the tables (cos, cos) and (-sin, sin), each (..., T, 1, D), in float32.
 
-    Made anew for each forward (T * D numbers; they serve every layer) rather than kept as a buffer, so that no
-    `.to(bfloat16)` reaches them: bfloat16 has 8 bits of mantissa, and at position 4001 would round the angle by up to 8.
+    The angles are position * theta^(-2i/D), i < D/2 (RoFormer, arXiv:2104.09864, eq. 15). Each forward makes the tables
+    again, and all its layers use them: 8D bytes a token, LLaMA-7B 1 kB. They are no buffer of the model, because
+    `.to(bfloat16)` would round a buffer to 8 significant bits. The angles must be float32 too: between 2048 and 4096
+    bfloat16 holds only every 16th number, so an angle there would be wrong by up to 8 radians.
     """
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
     if s := config.rope_scaling:
-        if s["rope_type"] == "linear":  # positions squeezed: 4096 trained positions reach factor * 4096
+        if s["rope_type"] == "linear":  # compressed positions: 4096 trained positions serve factor * 4096
             freq = freq / s["factor"]
-        else:  # Llama 3.1: divide the slow frequencies by factor, keep the fast ones, blend in between
+        else:  # Llama 3.1: slow frequencies are divided by factor, fast ones kept, those between are a mixture
             turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # over the pretraining context
             keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
             keep = keep.clamp(0, 1)
@@ -110,10 +112,11 @@ def rope_tables(config: Config, positions):
 
 
 class Rope(torch.autograd.Function):
-    """Turn the pairs (x[i], x[i + D/2]) of x (B, T, H, D) by the tables' angle: the "split-half" pairing of Hugging
-    Face's checkpoints. Meta's original files pair (x[2i], x[2i + 1]); mixing the two up gives fluent garbage.
+    """Rotate the pairs (x[i], x[i + D/2]) of x (B, T, H, D) by the tables' angles.
 
-    A rotation's gradient is the rotation back, so backward keeps nothing but the tables.
+    Hugging Face's checkpoints pair the numbers so ("split-half"). Meta's original files pair (x[2i], x[2i + 1]). The wrong
+    pairing raises no error, and the model writes fluent nonsense.
+    The gradient of a rotation is the rotation back, so backward needs only the tables.
     """
 
     @staticmethod
@@ -128,23 +131,26 @@ class Rope(torch.autograd.Function):
 
 
 def turn(x, cos, sin):
-    """(a, b) -> (a cos - b sin, b cos + a sin), in float32. sin comes as (-sin, sin); roll makes (b, a)."""
+    """(a, b) -> (a cos - b sin, b cos + a sin), in float32. The table `sin` is (-sin, sin), and roll makes (b, a)."""
     x32 = x.float()
     return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def row_dot(a, b):
-    """sum(a b) of each row, (..., C) -> (..., 1), in the type of a and b. To autocast vecdot is a matrix product, which it
-    would multiply in 16 bit: 8 bits of mantissa in bfloat16, and float16 overflows at a sum of 65,504."""
+    """sum(a b) of each row, (..., C) -> (..., 1), in the type of a and b.
+
+    Autocast is off, because it treats vecdot as a matrix product and would compute it in 16 bit. bfloat16 has only 8
+    significant bits, and float16 overflows when the sum is above 65,504."""
     with torch.autocast(a.device.type, enabled=False):
         return torch.linalg.vecdot(a, b)[..., None]
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """y = w x r,  r = 1 / sqrt(mean(x^2) + eps)  (arXiv:1910.07467), in float32; one r a row.
+    """y = w x r,  r = 1 / sqrt(mean(x^2) + eps)  (arXiv:1910.07467), in float32. Each row (token) has one r.
 
-    With g = w dy:   dx = r g - x r^3 mean(g x).    Kept for backward: x, which the residual stream holds anyway, and r.
-    Written as plain operations, autograd would keep x twice in float32: 4C more 16-bit numbers a token and norm.
+    With g = w dy:   dx = r g - x r^3 mean(g x).    Kept for backward: x in 16 bit, 2C bytes a token, and r, 4 bytes.
+    From plain operations autograd would keep x in float32, 4C bytes, and where w is trained x r too: 8C bytes.
+    LLaMA-7B with LoRA, the 64 norms of the layers, 512 tokens: 268 MB instead of 537 MB.
     """
 
     @staticmethod
@@ -178,8 +184,8 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up (arXiv:2002.05202). Kept for backward: gate and up; silu(gate) is computed again, which saves a
-    third of what the product would keep: 2F bytes a token and layer."""
+    """silu(gate) * up (arXiv:2002.05202). Kept for backward: gate and up, 4F bytes a token. silu(gate) is computed again,
+    which saves 2F bytes a token and layer. LLaMA-7B, 512 tokens: 2 * 11008 * 32 * 512 = 361 MB."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -208,7 +214,7 @@ class Attention(nn.Module):
         k = Rope.apply(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # every token so far; x is the prompt, or one new token
+            k, v = cache.extend(self.layer, k, v)  # of all tokens so far; x is the prompt, or one new token
         y = attend(q, k, v, segments)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -239,7 +245,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What the checkpoint calls `model.`: everything but the head."""
+    """Everything but the head. The checkpoint calls this part `model.`"""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -251,7 +257,7 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """The LLaMA family. files/weights.py lists what every family offers, under "Adding a model family"."""
 
-    prefix = ""  # the names below are the checkpoint's, whole
+    prefix = ""  # the names in this file are the checkpoint's complete names
     head_name = "lm_head"
     default_targets = ("q_proj", "v_proj")
 
@@ -263,7 +269,7 @@ class Llama(nn.Module):
         self.tie()
 
     def tie(self):
-        """Llama 3.2 1B: 128256 x 2048 head weights shared with the embedding, 263M of its 1,236M parameters."""
+        """Llama 3.2 1B shares 128256 x 2048 weights between embedding and head: 263M of its 1,236M parameters."""
         if self.config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -275,11 +281,11 @@ class Llama(nn.Module):
     def blocks(self):
         return self.model.layers
 
-    def hidden(self, ids, positions=None, segments=None, cache=None):
+    def hidden(self, ids: Tensor, positions: Tensor | None = None, segments: list[int] | None = None, cache=None) -> Tensor:
         """Token ids (B, T) -> the final norm's output (B, T, C).
 
-        positions: (B, T) or (T,), default 0..T-1 (after what the cache holds). segments: lengths of the examples of a
-        packed row (then B is 1). cache: generate.KVCache.
+        positions: (B, T) or (T,). Default: 0..T-1, or the T positions that follow the tokens in the cache.
+        segments: the lengths of the examples in a packed row (then B is 1). cache: a generate.KVCache.
         """
         if positions is None:
             past = cache.length if cache is not None else 0
@@ -288,10 +294,10 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(ids)  # (B, T, C)
         for i, block in enumerate(self.model.layers):
             if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():
-                x = recompute(block, x, cos, sin, segments, cache, offload=self.ckpt_offload)  # keep x, not the rest
+                x = recompute(block, x, cos, sin, segments, cache, offload=self.ckpt_offload)  # keeps x alone
             else:
                 x = block(x, cos, sin, segments, cache)
         return self.model.norm(x)
 
-    def forward(self, ids, positions=None, segments=None, cache=None):
+    def forward(self, ids: Tensor, positions: Tensor | None = None, segments: list[int] | None = None, cache=None) -> Tensor:
         return self.head(self.hidden(ids, positions, segments, cache))  # (B, T, V)

@@ -4,21 +4,23 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.0968
 
     h = W x + (alpha / r) B A x        W (out, in) frozen,  A (r, in) random,  B (out, r) zero:  training starts at W
 
-Why it saves memory. A trained weight costs 16 bytes: 4 itself, 4 gradient, 8 for AdamW's two moments. A frozen one costs
-2 (in 16 bit). GPT-2 124M, r = 8 on q and v: A and B are 8 * (768 + 768) numbers for each of 24 matrices, 294,912 in all:
+Why it saves memory. A trained parameter costs 16 bytes: 4 for itself, 4 for its gradient, 8 for AdamW's two moments. A
+frozen weight in 16 bit costs 2. GPT-2 124M, r = 8 on q and v: A and B have 8 * (768 + 768) parameters for each of 24
+matrices, 294,912 together.
 
-    full fine-tuning   124,439,808 * 16                   = 1991 MB
-    LoRA               124,439,808 * 2 + 294,912 * 16     =  254 MB      LLaMA-7B, r = 16: 107.8 GB against 13.6 GB
+                       GPT-2 124M, r = 8                                     LLaMA-7B, r = 16
+    full fine-tuning   124,439,808 * 16                   = 1991 MB          107.8 GB
+    LoRA               124,439,808 * 2 + 294,912 * 16     =  254 MB           13.6 GB
 
-GPT-2 keeps q, k and v in one matrix `c_attn`. Its adapter on q and v is one adapter: A is the two A's stacked (2r, in),
-B is block diagonal, with zeros in k's rows:
+GPT-2 has q, k and v in one matrix `c_attn`. Its adapters on q and v are stored as one: A is the two A's stacked (2r, in),
+and B is block diagonal, with zeros in k's rows:
 
-    B = | B_q  0  |      It is saved like this. PEFT, which knows only whole matrices, loads it as a
+    B = | B_q  0  |      It is saved like this. PEFT adapts only whole matrices. It loads this one as a
         |  0   0  |      c_attn adapter of rank R = 2r, with alpha doubled: alpha / r stays the same.
         |  0  B_v |
 
-Files in PEFT's format are read and written by files/peft_files.py; `python export.py merge` merges an adapter into the
-model's files. Below, r is the rank of one part, and R the rank of the whole layer's adapter.
+files/peft_files.py reads and writes adapters in PEFT's format. `python export.py merge` merges an adapter into the model's
+files. Below, r is the rank of one part, and R is the rank of the whole layer's adapter.
 """
 import math
 from collections.abc import Callable
@@ -34,27 +36,30 @@ from techniques.device import type_name
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its adapter. `parts`: the row ranges of W with an adapter each, or None for all of W."""
+    """A frozen linear layer and its adapter.
 
-    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, parts=None,
-                 device=None):
+    parts: which parts of W have an adapter each, such as ("q", "v") of c_attn; None: one adapter for all of W.
+    """
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
+                 parts: tuple[str, ...] | None = None, device=None):
         super().__init__()
         self.base_layer = base
         self.r, self.alpha, self.dropout, self.rslora, self.parts = r, alpha, dropout, rslora, parts
-        # rsLoRA (arXiv:2312.03732): alpha / sqrt(r) keeps the adapter's output the same size at every rank.
+        # rsLoRA (arXiv:2312.03732): with alpha / sqrt(r) the adapter's output has the same size at every rank.
         self.scale = alpha / math.sqrt(r) if rslora else alpha / r
         rows = [base.parts[p] for p in parts] if parts else [base.out_features]
         device = device or base.weight.device
-        # Always float32: an update of 1e-4 to a bfloat16 weight of 0.05 rounds to nothing, and training stands still.
+        # Always float32. In bfloat16 a weight of 0.05 does not change when 1e-4 is added: training would have no effect.
         self.lora_A = nn.Parameter(torch.empty(r * len(rows), base.in_features, device=device))
         self.lora_B = nn.ParameterList(torch.zeros(n, r, device=device) for n in rows)
         for a in self.lora_A.split(r):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as PEFT and the authors' code do
-        # Where training starts when that is not B = 0: (R, in) and (out, R), see techniques/lora_init.py.
+        # Copies of A and B as training starts, (R, in) and (out, R), if B does not start at 0 (techniques/lora_init.py).
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
 
-    def keep_start(self, A, B):
+    def keep_start(self, A: torch.Tensor, B: torch.Tensor):
         self.start_A, self.start_B = (t.detach().to(self.lora_A.device, copy=True) for t in (A, B))
 
     def rows(self) -> list[slice]:
@@ -64,12 +69,12 @@ class LoRALinear(nn.Module):
         ends = dict(zip(self.base_layer.parts, accumulate(self.base_layer.parts.values())))
         return [slice(ends[p] - self.base_layer.parts[p], ends[p]) for p in self.parts]
 
-    def B(self):
-        """The whole (out, R) matrix: block diagonal over the parts, zero rows for parts without an adapter."""
+    def B(self) -> torch.Tensor:
+        """The whole (out, R) matrix: block diagonal over the parts, with zero rows for parts without an adapter."""
         if not self.parts:
             return self.lora_B[0]
         own = dict(zip(self.parts, self.lora_B))
-        return torch.block_diag(*[own[p] if p in own else self.lora_A.new_zeros(rows, 0)  # (rows, 0): rows without a column
+        return torch.block_diag(*[own[p] if p in own else self.lora_A.new_zeros(rows, 0)  # (rows, 0): adds no column
                                   for p, rows in self.base_layer.parts.items()])
 
     def forward(self, x):
@@ -78,12 +83,12 @@ class LoRALinear(nn.Module):
         B = self.B().t().to(z.dtype)
         return torch.addmm(h.flatten(0, -2), z.flatten(0, -2), B, alpha=self.scale).view_as(h)  # h + scale z B^T
 
-    def delta(self):
-        """(alpha / r) B A, laid out like the checkpoint's weight."""
+    def delta(self) -> torch.Tensor:
+        """(alpha / r) B A, in the layout of the checkpoint's weight (Conv1D: transposed)."""
         return self.product(self.B(), self.lora_A)
 
-    def start_delta(self):
-        """(alpha / r) B0 A0: what the adapter started with and did not learn. 0 for an adapter that started at B = 0."""
+    def start_delta(self) -> torch.Tensor:
+        """(alpha / r) B0 A0: what the adapter contained before training. 0 for an adapter that started at B = 0."""
         return torch.zeros(()) if self.start_A is None else self.product(self.start_B, self.start_A)
 
     def product(self, B, A):
@@ -98,10 +103,11 @@ class LoRALinear(nn.Module):
     def bias(self):
         return self.base_layer.bias
 
-    def widen(self, x):
-        """x (..., in) -> (..., in + R) and (out, in + R), whose product is this layer's output: for a head (loss.py).
+    def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (..., in) -> [x, (alpha / r) A x] (..., in + R) and [W, B] (out, in + R). For a head (loss.py).
 
-        [x, (alpha / r) A x] times [W, B]. It is not W + (alpha / r) B A: in 16 bit this sum rounds a small B A to nothing.
+        The product of the two is this layer's output without its bias. The sum W + (alpha / r) B A would not do: in 16 bit
+        it rounds a small B A to nothing.
         """
         z = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)) * self.scale
         return torch.cat([x, z], -1), torch.cat([self.weight, self.B().to(self.weight.dtype)], 1)
@@ -111,15 +117,17 @@ def is_linear(module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets=None, rslora: bool = False,
-           init: str = "default", stored: Callable[[str], torch.Tensor] | None = None) -> nn.Module:
+def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets: str | list[str] | None = None,
+           rslora: bool = False, init: str = "default",
+           stored: Callable[[str], torch.Tensor] | None = None) -> nn.Module:
     """Put adapters on the linear layers that `targets` names, and freeze every other weight. Returns the model.
 
-    targets: names such as ["q_proj", "v_proj"] or ["c_attn"] (a layer matches when its name ends so), ["c_attn.q"] for
-    one part of a fused matrix, "all" for every linear layer of the blocks; None for Q and V.
-    init: "default", "loftq" or "pissa", see techniques/lora_init.py. The latter two start from the weights as the
-    checkpoint stores them: stored(name) -> float32, such as files.weights.StoredWeights(model.source).read.
-    Raises UserError for r < 1, dropout outside [0, 1), a target that matches nothing, an init that is not possible.
+    targets: names such as ["q_proj", "v_proj"] or ["c_attn"]: a layer matches if its name ends with one of them.
+    ["c_attn.q"] is one part of a fused matrix, "all" every linear layer of the blocks, None the layers of q and v.
+    init: "default", "loftq" or "pissa" (techniques/lora_init.py). The last two need the weights as the checkpoint stores
+    them: stored(name) -> float32, for example files.weights.StoredWeights(model.source).read.
+    Raises UserError for r < 1, dropout outside [0, 1), a model that already has adapters, a target that matches nothing,
+    or an init that is not possible.
     """
     if r < 1:
         raise UserError(f"--lora-r {r}: the rank must be at least 1 (or train every weight with --full)")
@@ -127,6 +135,8 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
         raise UserError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
     refuse_adapters(model)
     if init != "default":
+        if stored is None:
+            raise ValueError(f"init={init!r} needs the weights as stored, such as StoredWeights(model.source).read")
         lora_init.check(init, model.bits, None, alpha)
     model.requires_grad_(False)
     linears = {n: m for n, m in model.named_modules() if is_linear(m)}
@@ -134,8 +144,8 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
     for target in [targets] if isinstance(targets, str) else targets or model.default_targets:
         matching = matches(model, linears, target)
         if not matching:
-            known = {n.rsplit(".", 1)[-1]: m for n, m in linears.items()}
-            names = [*known, *(f"{n}.{p}" for n, m in known.items() for p in getattr(m, "parts", ())), "all"]
+            last_names = {n.rsplit(".", 1)[-1]: m for n, m in linears.items()}
+            names = [*last_names, *(f"{n}.{p}" for n, m in last_names.items() for p in getattr(m, "parts", ())), "all"]
             raise UserError(f"--lora-targets {target}: no such layer; this model has {', '.join(sorted(names))}")
         for name, part in matching:
             chosen.setdefault(name, set()).add(part)
@@ -150,11 +160,11 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
 
 def refuse_adapters(model: nn.Module):
     if adapters(model):
-        raise UserError("this model has adapters already; merge them first")
+        raise UserError("this model already has adapters; merge them first")
 
 
 def matches(model: nn.Module, linears: dict, target: str) -> list[tuple[str, str | None]]:
-    """The (layer, part) pairs that a target names; part None is the whole layer."""
+    """The (layer, part) pairs that a target names. The part None is the whole layer."""
     if target == "all":
         return [(n, None) for n in linears if n != model.head_name]
     whole = [(n, None) for n in linears if f".{n}".endswith(f".{target}")]
@@ -174,22 +184,22 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 # ---------------------------------------------------------------------------------------------- merging
 
-def merge(model: nn.Module):
-    """W <- W + (alpha / r) B A. The adapters are gone, and the model is as fast as a plain one. Returns the model.
+def merge(model: nn.Module) -> nn.Module:
+    """W <- W + (alpha / r) B A. Then the model has no adapters and is as fast as before. Returns the model.
 
-    Merging is explicit and idempotent. (Elsewhere eval() merged, and it merged twice, or not at all.) It goes only into
-    float32: a 16-bit W would round the small delta away, and the result would not be the model that was trained.
-    Raises UserError, before anything is changed, where a weight is held in fewer bits.
+    Only this call merges (train() and eval() do not), and a second call changes nothing. W must be float32: a 16-bit W
+    would round the small B A to nothing, and the result would not be the model that was trained.
+    Raises UserError, before anything is changed, if W is held in fewer bits.
     """
     for name, m in adapters(model).items():
         if isinstance(m.base_layer, quant.LowBitLinear):
             raise UserError(f"{name} is held in {model.bits} bit, which would round the adapter away; "
-                            f"`python export.py merge` takes the weights as the checkpoint stores them")
+                            f"`python export.py merge` uses the weights as the checkpoint stores them")
         if m.base_layer.weight.dtype != torch.float32:
             raise UserError(f"{name} is held in {type_name(m.base_layer.weight.dtype)}: merging into it "
                             f"would not be exact; load the model with bits=32 and its adapter, then merge")
     for name, m in adapters(model).items():
-        # A new tensor, not +=: a tied head's weight is the embedding too, and only the head is adapted.
+        # A new tensor, not +=: a tied head shares its weight with the embedding, and the embedding must not change.
         m.base_layer.weight = nn.Parameter((m.base_layer.weight + m.delta()).detach(), requires_grad=False)
         replace(model, name, m.base_layer)
         if name == model.head_name:

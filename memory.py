@@ -1,15 +1,17 @@
-"""Where the bytes are: count parameters, measure a run, predict one.
+"""Where the bytes are: count a model's parameters, measure the peak of a training step.
 
-    python memory.py --model llama-2-7b --fit 8GB --max-length 1024        the cheapest options that fit a card: fit.py
+(The peak is predicted in ledger/predict.py. `python train.py --model M --fit 8GB` finds options that fit: ledger/fit.py.)
 
-"Memory" has three meanings, and a table that mixes them says nothing. Each has its own name here:
+"Memory" has three meanings, and numbers of different meanings cannot be compared. So each has its own name here:
 
-    live tensor bytes   the sum of the storages that tensors hold at one moment; its peak over a training step. Exact,
-                        the same on every machine, split by category. Measured by the Ledger below.
-    allocated           on CUDA: what PyTorch's caching allocator has handed out (`max_memory_allocated`): the live
-                        tensors rounded up, and workspaces (allocator.py). `reserved` is what it took from the card.
-    RSS                 what the operating system gives the process: live tensors + PyTorch's own code (some 300 MB)
-                        + what the C library keeps for reuse. It is what must fit into the machine.
+    live tensor bytes   the sum of the storages that tensors hold at one moment. The Ledger below measures the peak of this
+                        sum over a training step, and splits it by category. It is exact, and repeats from run to run.
+    allocated           on a GPU: what PyTorch's caching allocator has handed out (`max_memory_allocated`). These are the
+                        live tensors, rounded up, and workspaces (ledger/allocator.py). `reserved` is all that the allocator
+                        has taken from the GPU.
+    RSS                 the resident set size: the host memory that the process occupies. It contains the live tensors on
+                        the CPU, PyTorch's own code (some 300 MB), and memory that the C library keeps for reuse. RSS is
+                        what must fit into the host's memory.
 """
 import sys
 import weakref
@@ -18,89 +20,91 @@ from collections import deque
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What each category comes to, in closed form. t: tokens of a micro-batch, L: layers, C: width, F: the MLP's width.
-# The example is LLaMA-7B with r = 16 on q and v, --amp, 1 x 512 tokens on a card: 15.3 GB.
+# What each category costs, in closed form. t: tokens of a micro-batch, L: layers, C: width, F: the MLP's width.
+# Example: LLaMA-7B, r = 16 on q and v, --amp, 1 x 512 tokens, on a GPU. Its peak is in the loss of the step's first
+# micro-batch, where all activations and a chunk of logits exist. On the right, the bytes at this peak; together 15.3 GB.
 CATEGORIES = (
-    "weights",      # 4 bytes a number, in 16 bit 2; of a layer's in 8 bit 1, in 4 bit 0.516 (quant.py)             13.48 GB
-    "adapters",     # 4 r (in + out) for each matrix that has one: 4 * 16 * 8192 * 64                               33.6 MB
-    "gradients",    # 4 bytes a trained number, from the first backward of a step on           (then) 33.6 MB
-    "optimizer",    # 8 bytes a trained number, in 8 bit 2.03 (optim.py)                                            67.1 MB
-    "activations",  # t L a, where a is in each model file: 2C + ... = 102 kB: 512 * 32 * 102 kB                     1.68 GB
-                    # --ckpt-every 1: t (2C L + a), of every other layer: half of each (checkpoint.py)      (then) 0.18 GB
-    "loss",         # 2^22 logits of 6 bytes, 6C t for the hidden vectors and their gradient                         37.8 MB
-    "temporaries",  # what one operator hands to the next, in backward some three tensors of the MLP's width: 6F t
-                    # when the logits are gone; on a card cuBLAS's room besides (predict.py)              34 MB;   17.0 MB
+    "weights",      # 2 bytes a weight in 16 bit, 4 in 32; layers in 8 bit 1, in 4 bit 0.516 (quant.py)           13.48 GB
+    "adapters",     # 4 r (in + out) for each adapted matrix: 4 * 16 * 8192 * 64                                  33.6 MB
+    "gradients",    # 4 bytes a trained parameter, from the step's first backward to its end: 33.6 MB, but here    0 MB
+    "optimizer",    # 8 bytes a trained parameter, in 8 bit 2.03 (optim.py): 8 * 8,388,608                        67.1 MB
+    "activations",  # t L a, and each model file gives its a. llama.py: 512 * 32 * 101,376                         1.66 GB
+                    # (and 16-bit copies of the adapters: 17 MB). --ckpt-every 1: t (2C L + a) = 0.19 GB;
+                    # --ckpt-every 2: t ((2C + a) L / 2 + a) = 0.95 GB (recompute.py)
+    "loss",         # 2^22 logits: 16.8 MB in float32 + 8.4 MB for their 16-bit copy or gradient = 25.2 MB;
+                    # 6C t for the hidden vectors, their copy and their gradient = 12.6 MB; the sum:              37.8 MB
+    "temporaries",  # what one operator hands to the next; on a GPU also two workspaces of cuBLAS (predict.py)    17.0 MB
+                    # (later, in a layer's backward: some three tensors of the MLP's width too, 6F t = 33.8 MB)
 )
 
 
-def count(model) -> dict:
-    """{"total", "trainable", "percent", "bytes"}: logical parameters, each tied matrix once; bytes as stored.
+def count(model: torch.nn.Module) -> dict:
+    """{"total", "trainable", "percent", "bytes"}: numbers of parameters, a tied matrix counted once; bytes as stored.
 
-    Adapters count in the total, as in PEFT's print_trainable_parameters. Works on a model on the "meta" device, which
-    has shapes and no storage: LLaMA-7B is counted in a second, on any laptop.
+    The total includes the adapters, as in PEFT's print_trainable_parameters. A model on the "meta" device, which has shapes
+    and no storage, can be counted too: LLaMA-7B takes a second on any laptop.
     """
     params = list(model.parameters())  # a shared (tied) parameter appears once
     total, trainable = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
-    total += sum(m.n_weights - m.weight.numel() for m in model.modules() if hasattr(m, "n_weights"))  # 4-bit: two a byte
+    total += sum(m.n_weights - m.weight.numel() for m in model.modules() if hasattr(m, "n_weights"))  # 4 bit: two in a byte
     return {"total": total, "trainable": trainable, "percent": 100 * trainable / total,
             "bytes": sum(t.nbytes for t in (*params, *model.buffers()))}
 
 
-# ---------------------------------------------------------------------------------------------- during the run
+# ---------------------------------------------------------------------------------------------- live tensor bytes
 
 REGION_BEGINS = torch.ops.profiler._record_function_enter_new.default
 REGION_ENDS = torch.ops.profiler._record_function_exit._RecordFunction
 
 
 def tensors_in(x) -> list[torch.Tensor]:
-    """The tensors among an operator's inputs or outputs: lists of them are inputs of cat, outputs of split."""
+    """The tensors in an operator's inputs or outputs, also those in lists: cat takes a list, split returns one."""
     if isinstance(x, torch.Tensor):
         return [x]
     return [t for y in x for t in tensors_in(y)] if isinstance(x, (list, tuple)) else []
 
 
 class Ledger(TorchDispatchMode):
-    """Records the birth and the death of every tensor storage while it is active; finds the peak and its categories.
+    """Records the birth and the death of every tensor storage while it is active. Then it knows the peak and its split.
 
         with Ledger(model, optimizer) as ledger:
             train_step()
         ledger.peak, ledger.at_peak      # bytes; {"weights": ..., "activations": ..., ...}
 
-    Every operator's outputs pass through __torch_dispatch__, in backward too. Views share their base's storage, so each
-    storage is counted once, and a weak reference tells when the last tensor on it is gone. What an operator allocates
-    and frees inside itself (a matrix product's scratch space) is not seen.
+    The outputs of every operator pass through __torch_dispatch__, in backward too. A view shares the storage of its base,
+    so each storage is counted once. A weak reference to the storage tells when its last tensor is gone. The ledger does not
+    see what an operator allocates and frees inside itself (scratch space of a matrix product, for example).
 
-        weights, adapters   the model's parameters and buffers: what is frozen (all, with --full), what LoRA trains
+        weights, adapters   parameters and buffers of the model. What LoRA trains is `adapters`, everything else `weights`
         gradients           of parameters, from their birth on
-        optimizer           all that the optimizer holds beside the model: states of 8 or 32 bits, float32 masters (optim.py)
-        activations         made in forward and alive when backward begins: what is kept for it. What a recomputed layer
-                            (checkpoint.py) has made when it is done belongs here too
-        loss                made by loss.py: a chunk of logits, their gradient's product with the head
-        temporaries         everything else: what lives from one operator to the next, and the tensors in `workspace`
-                            (which outlive the step, and would pass for activations)
+        optimizer           what the optimizer holds besides the model: 8-bit or 32-bit states, float32 masters (optim.py)
+        activations         tensors that forward made and that still exist when backward begins: they are kept for it. Also
+                            what the second run of a recomputed layer (recompute.py) has made and kept when it ends
+        loss                tensors of loss.py: its input (the hidden vectors), a copy of them, a chunk of logits, gradients
+        temporaries         everything else: tensors that live from one operator to the next. Also the tensors in
+                            `workspace`, which outlive the step and would otherwise be counted as activations
 
     A tensor's category is known only after it has been freed, so the ledger records all births and deaths and computes the
     split at the end.
-    Nothing is left out for lying on another device than the model: in a run on the CPU the machine's memory is the memory.
-    `device` ("cuda") counts that device's alone.
+    Storages on all devices are counted; with `device` ("cuda") only those on this type of device.
     """
 
     @classmethod
-    def _should_skip_dynamo(cls):  # PyTorch's switch: as it stands, a mode imports the compiler, 72 MB, to hide from it
+    def _should_skip_dynamo(cls):  # True would import PyTorch's compiler, 72 MB, only to hide the mode from it
         return False
 
     def __init__(self, model, optimizer=None, workspace=(), device=None):
         super().__init__()
         self.model, self.optimizer, self.device = model, optimizer, device
         self.workspace = {t.untyped_storage()._cdata for t in workspace}
-        self.sizes, self.categories = [], []  # of every storage that was met, by its number; None: not known yet
-        self.numbers: dict[int, tuple] = {}  # of those that live: address -> (number, weak reference)
+        self.sizes, self.categories = [], []  # of storage 0, 1, ... in the order of birth; category None: not known yet
+        self.numbers: dict[int, tuple] = {}  # of the storages that live: address -> (number, weak reference)
         self.events: list[int] = []  # births (number) and deaths (-1 - number), in their order
         self.total = self.peak = 0
         self.regions, self.in_backward, self.hooks = [], False, []
 
     def __enter__(self):
-        owner = getattr(self.optimizer, "master", lambda p: p)  # an offloaded gradient has left p when the hook runs
+        owner = getattr(self.optimizer, "master", lambda p: p)  # offload_adamw has moved p.grad there when the hook runs
         lora = any(not p.requires_grad for p in self.model.parameters())
         for p in self.model.parameters():
             self.follow(p, "adapters" if lora and p.requires_grad else "weights")
@@ -125,8 +129,8 @@ class Ledger(TorchDispatchMode):
             h.remove()
         return super().__exit__(*error)
 
-    def follow(self, tensor, category=None):
-        """Start to follow a tensor's storage, or say what it is (a gradient is born as any other tensor)."""
+    def follow(self, tensor: torch.Tensor, category: str | None = None):
+        """Start to follow a tensor's storage, and set its category if one is given (a gradient gets its category late)."""
         storage = tensor.untyped_storage()
         key = storage._cdata  # the address of the C++ storage, unique while it lives
         if key not in self.numbers:
@@ -151,7 +155,7 @@ class Ledger(TorchDispatchMode):
         self.total -= self.sizes[number]
 
     def keep(self, first: int = 0):
-        """What has been born from number `first` on and is alive is kept for backward."""
+        """The storages from number `first` on that are alive, and have no category yet, are kept for backward."""
         for number, _ in self.numbers.values():
             if number >= first and self.categories[number] is None:
                 self.categories[number] = "activations"
@@ -161,7 +165,7 @@ class Ledger(TorchDispatchMode):
             self.in_backward = not self.in_backward
             if self.in_backward:
                 self.keep()
-        if func is REGION_BEGINS:  # `with record_function("loss")`: PyTorch's way of naming a stretch of a program
+        if func is REGION_BEGINS:  # `with record_function("loss")`: PyTorch's way to give a part of a program a name
             self.regions.append((args[0], len(self.sizes)))
         elif func is REGION_ENDS:
             name, first = self.regions.pop()
@@ -173,7 +177,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def splits(self):
-        """After each birth and death: {category: bytes that live}."""
+        """Yield {category: live bytes} after each birth and each death. It is the same dict each time."""
         now = dict.fromkeys(CATEGORIES, 0)
         for n in self.events:
             number, sign = (n, 1) if n >= 0 else (-1 - n, -1)
@@ -182,19 +186,19 @@ class Ledger(TorchDispatchMode):
 
     @property
     def live(self) -> dict:
-        """{category: bytes} at this moment."""
+        """{category: live bytes} now."""
         return {**dict.fromkeys(CATEGORIES, 0), **dict(deque(self.splits(), maxlen=1)[0] if self.events else {})}
 
     @property
     def at_peak(self) -> dict:
-        """{category: bytes} at the first moment of the peak."""
+        """{category: live bytes} when the peak was first reached."""
         return next((dict(now) for now in self.splits() if sum(now.values()) == self.peak), self.live)
 
 
-# ---------------------------------------------------------------------------------------------- other meanings
+# ---------------------------------------------------------------------------------------------- RSS and allocated
 
 def rss_peak() -> int | None:
-    """The process's peak resident set in bytes so far; None where the operating system does not say (Windows)."""
+    """The peak of this process's RSS so far, in bytes. None where the operating system does not tell (Windows)."""
     try:
         import resource
     except ImportError:
@@ -204,14 +208,14 @@ def rss_peak() -> int | None:
 
 
 def cuda_peak(device) -> tuple[int, int] | None:
-    """(allocated, reserved) at their peaks on a CUDA device since reset_peak_memory_stats; None elsewhere."""
+    """(allocated, reserved): their peaks on a CUDA GPU since reset_peak_memory_stats. None on other devices."""
     if torch.device(device).type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
 
 
 def human(n: int | None) -> str:
-    """Bytes in decimal units, as the tables here use them; what was not measured says so."""
+    """Bytes in decimal units: 1660944384 -> "1.66 GB"; None -> "not measured"."""
     if n is None:
         return "not measured"
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -3,34 +3,35 @@
 Gunasekar et al., "Textbooks Are All You Need" (2023, arXiv:2306.11644) and Li et al. on Phi-1.5 (arXiv:2309.05463); the
 block is GPT-J's (Wang and Komatsuzaki, 2021). What differs from llama.py:
 
-* Attention and MLP read the same norm and run side by side: x + attn(ln(x)) + mlp(ln(x)). One norm a layer, not two.
-* Partial rotary positions: of each head's D numbers the first 2/5 (Phi-2) or 1/2 turn, the others know no position.
+* Attention and MLP read the output of the same norm: x + attn(ln(x)) + mlp(ln(x)). A layer has one norm instead of two.
+* Partial rotary positions: only the first 2/5 (Phi-2) or 1/2 of a head's D numbers are rotated by the token's position.
 * LayerNorm and a GELU MLP of two matrices, as in GPT-2, instead of RMSNorm and SwiGLU.
-* Biases everywhere, on the head too, which is a matrix of its own.
-* q . k reaches beyond float16's largest number, 65,504, and softmax turns the infinities into nan (transformers#28163).
-  In float16 attention is multiplied in float32 (`attend(..., float32=True)`). bfloat16 reaches as far as float32 and
-  needs no such thing. What is kept for backward stays 16 bit. What it costs is a moment's float32 copies of one layer's
-  q, k, v and y, 16C bytes a token: 84 MB for 4 x 512 tokens of Phi-2; and products without 16-bit matrix units.
+* Every linear layer has a bias, the head too. The head is not tied.
+* q . k can exceed float16's largest number, 65,504. Then softmax turns the infinities into nan
+  (github.com/huggingface/transformers/issues/28163). So in float16, attention is computed in float32
+  (`attend(..., float32=True)`). bfloat16 has the range of float32 and does not need this.
+  Cost: float32 copies of q, k, v and y of one layer at a time, 16C bytes a token: Phi-2, 4 x 512 tokens: 84 MB. These
+  products do not use the 16-bit matrix units. What is kept for backward stays in 16 bit.
 
-What the activations cost, a token and layer, in 16 bit and without checkpointing: the one norm's input (2C bytes), the
+What the activations cost, a token and layer, in 16 bit and without recomputation: the input of the norm (2C bytes), the
 adapters' input (2C), q, k, v (2C + 4KD), attention's output (2C), GELU's input (2F).
-Phi-2 (C = KD = 2560, F = 10240, 32 layers): 51 kB a layer, 1.6 MB a token: 839 MB for 512 tokens, half of LLaMA-7B's.
-(On a CPU and in float16 attention's output is computed again instead: 46 kB a layer.)
+Phi-2 (C = KD = 2560, F = 10240, 32 layers): 51 kB a layer, 1.6 MB a token, 839 MB for 512 tokens, half of LLaMA-7B's.
+(On a CPU, and in float16, attention's output is computed again instead: 46 kB a layer.)
 
-The 0.1 dropout of Phi-2's config.json is not applied: fine-tuning regularises in the adapter (lora.py).
+The 0.1 dropout of Phi-2's config.json is not applied. In fine-tuning, the adapter can have dropout instead (lora.py).
 
 Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head_dim, R rotary_dim, F n_inner, V vocab.
 """
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from techniques.attention import attend
 from techniques.recompute import recompute
 
-# config.json keys that do not change what the model computes when it runs or is fine-tuned.
+# Keys of config.json that change nothing in what the model computes, in use or in fine-tuning.
 HARMLESS = set("""architectures auto_map model_type transformers_version torch_dtype dtype bos_token_id eos_token_id
     pad_token_id initializer_range attention_dropout embd_pdrop resid_pdrop use_cache return_dict id2label label2id
     chunk_size_feed_forward task_specific_params gradient_checkpointing""".split())
@@ -55,8 +56,8 @@ class Config:
     def from_json(cls, c: dict) -> "Config":
         """Read a checkpoint's config.json. Raises ValueError for any option that this file does not implement."""
         c = {k: v for k, v in c.items() if k not in HARMLESS and not k.startswith("_")}
-        rope = {**(c.pop("rope_scaling", None) or {}), **(c.pop("rope_parameters", None) or {})}  # old, new spelling
-        for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.5)):  # beside rope_scaling or in it
+        rope = {**(c.pop("rope_scaling", None) or {}), **(c.pop("rope_parameters", None) or {})}  # old and new key
+        for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 0.5)):  # outside rope_scaling or in it
             outside = c.pop(key, None)
             if rope.get(key) is None:
                 rope[key] = default if outside is None else outside
@@ -77,15 +78,17 @@ class Config:
         if (kind := rope.pop("rope_type", None) or rope.get("type") or "default") != "default":
             raise ValueError(f"rope_scaling of type {kind!r} is not implemented by phi.py")
         rope.pop("type", None)  # the oldest spelling of rope_type
-        for key, value in {**rope, **c}.items():  # an option left at null, false or empty is switched off
+        for key, value in {**rope, **c}.items():  # an option that is null, false or empty is switched off
             if value:
                 raise ValueError(f"option {key!r}: {value!r} is not implemented by phi.py")
         return d
 
 
-def rope_tables(config: Config, positions):
-    """(cos, cos) and (-sin, sin), each (..., T, 1, R), of position * theta^(-2i/R), i < R/2 (RoFormer, arXiv:2104.09864,
-    eq. 15), in float32. R, not D, is in the exponent. Made anew for each forward: no `.to(float16)` reaches them.
+def rope_tables(config: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """positions (..., T) -> the tables (cos, cos) and (-sin, sin), each (..., T, 1, R), in float32.
+
+    The angles are position * theta^(-2i/R), i < R/2 (RoFormer, arXiv:2104.09864, eq. 15, with R in place of D). Each
+    forward makes the tables again: they are no buffer of the model, because `.to(float16)` would round a buffer.
     """
     R = config.rotary_dim
     freq = config.rope_theta ** -(torch.arange(0, R, 2, device=positions.device).float() / R)
@@ -96,9 +99,9 @@ def rope_tables(config: Config, positions):
 
 
 class Rope(torch.autograd.Function):
-    """Turn the pairs (x[i], x[i + R/2]), i < R/2, of x (B, T, H, D) by the tables' angle; x[R:] stays as it is.
+    """Rotate the pairs (x[i], x[i + R/2]), i < R/2, of x (B, T, H, D) by the tables' angles. x[R:] stays as it is.
 
-    A rotation's gradient is the rotation back, so backward keeps nothing but the tables.
+    The gradient of a rotation is the rotation back, so backward needs only the tables.
     """
 
     @staticmethod
@@ -113,14 +116,14 @@ class Rope(torch.autograd.Function):
 
 
 def turn(x, cos, sin):
-    """(a, b) -> (a cos - b sin, b cos + a sin), in float32. sin comes as (-sin, sin); roll makes (b, a)."""
+    """(a, b) -> (a cos - b sin, b cos + a sin), in float32. The table `sin` is (-sin, sin), and roll makes (b, a)."""
     R = cos.shape[-1]
     ab = x[..., :R].float()
     return torch.cat([torch.addcmul(ab * cos, ab.roll(R // 2, -1), sin).to(x.dtype), x[..., R:]], -1)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Outside autocast, which on a GPU would keep a float32 copy of x for backward; the kernel computes in float32."""
+    """The kernel computes in float32 inside. Autocast is off: on a GPU it would keep a float32 copy of x for backward."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -143,8 +146,8 @@ class Attention(nn.Module):
         k = Rope.apply(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # every token so far; x is the prompt, or one new token
-        y = attend(q, k, v, segments, float32=q.dtype == torch.float16)  # q . k > 65,504: see above
+            k, v = cache.extend(self.layer, k, v)  # of all tokens so far; x is the prompt, or one new token
+        y = attend(q, k, v, segments, float32=q.dtype == torch.float16)  # q . k can exceed 65,504
         return self.dense(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -171,7 +174,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What the checkpoint calls `model.`: everything but the head."""
+    """Everything but the head. The checkpoint calls this part `model.`"""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -183,7 +186,7 @@ class Decoder(nn.Module):
 class Phi(nn.Module):
     """Phi-1, 1.5 and 2. files/weights.py lists what every family offers, under "Adding a model family"."""
 
-    prefix = ""  # the names below are the checkpoint's, whole
+    prefix = ""  # the names in this file are the checkpoint's complete names
     head_name = "lm_head"
     default_targets = ("q_proj", "v_proj")
 
@@ -195,7 +198,7 @@ class Phi(nn.Module):
         self.tie()
 
     def tie(self):
-        """No Phi is tied: Phi-2's head costs 51200 x 2560 weights of its own, 131M of its 2,780M parameters."""
+        """The published Phi models are not tied. Phi-2's head has 51200 x 2560 weights, 131M of its 2,780M parameters."""
         if self.config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -207,11 +210,11 @@ class Phi(nn.Module):
     def blocks(self):
         return self.model.layers
 
-    def hidden(self, ids, positions=None, segments=None, cache=None):
+    def hidden(self, ids: Tensor, positions: Tensor | None = None, segments: list[int] | None = None, cache=None) -> Tensor:
         """Token ids (B, T) -> the final norm's output (B, T, C).
 
-        positions: (B, T) or (T,), default 0..T-1 (after what the cache holds). segments: lengths of the examples of a
-        packed row (then B is 1). cache: generate.KVCache.
+        positions: (B, T) or (T,). Default: 0..T-1, or the T positions that follow the tokens in the cache.
+        segments: the lengths of the examples in a packed row (then B is 1). cache: a generate.KVCache.
         """
         if positions is None:
             past = cache.length if cache is not None else 0
@@ -220,10 +223,10 @@ class Phi(nn.Module):
         x = self.model.embed_tokens(ids)  # (B, T, C)
         for i, block in enumerate(self.model.layers):
             if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():
-                x = recompute(block, x, cos, sin, segments, cache, offload=self.ckpt_offload)  # keep x, not the rest
+                x = recompute(block, x, cos, sin, segments, cache, offload=self.ckpt_offload)  # keeps x alone
             else:
                 x = block(x, cos, sin, segments, cache)
         return self.model.final_layernorm(x)
 
-    def forward(self, ids, positions=None, segments=None, cache=None):
+    def forward(self, ids: Tensor, positions: Tensor | None = None, segments: list[int] | None = None, cache=None) -> Tensor:
         return self.head(self.hidden(ids, positions, segments, cache))  # (B, T, V)

@@ -1,21 +1,24 @@
 """The tables and pictures of the README: real training steps, each configuration in a process of its own.
 
-    python -m bench ladder --model gpt2                        docs/bench/ladder-gpt2.md, .json, .png
-    python -m bench ladder --model gpt2 -- --max-length 256    what follows -- goes to train.py in every row
-    python -m bench predict --model gpt2,smollm2-135m --resume continue after an interrupt
+    python -m bench ladder --model gpt2                        writes docs/bench/ladder-gpt2.md, .json and .png
+    python -m bench ladder --model gpt2 -- --max-length 256    the options after -- go to train.py in every row
+    python -m bench predict --model gpt2,smollm2-135m --resume continues an interrupted bench
 
-    ladder      one technique more in each row, from full fine-tuning to LoRA over 4-bit weights with paged 8-bit AdamW
-    grid        8 examples a step, as 1 x 8, 2 x 4, 4 x 2 and 8 x 1 (examples a micro-batch x micro-batches)
-    techniques  --full, and what recomputation, accumulation, 8-bit AdamW, an optimizer on the CPU change, alone and together
-    predict     predicted against measured peak over many combinations of options and several models
+    ladder      one more technique in each row, from full fine-tuning to LoRA over 4-bit weights with paged 8-bit AdamW
+    grid        8 examples a step, as 1 x 8, 2 x 4, 4 x 2 and 8 x 1 (examples in a micro-batch x micro-batches)
+    techniques  --full, with recomputation, accumulation, 8-bit AdamW or an optimizer on the CPU, alone and together
+    predict     predicted and measured peak, over many combinations of options and several models
     peers       the same job here and in transformers + PEFT (+ bitsandbytes), see transformers_peft.py
-    scaling     peak and time a step against sequence length, batch and layers, and the fitted laws
+    scaling     peak and time of a step against sequence length, batch and layers, with fitted laws
 
-A row is one command, `python train.py --model M OPTIONS --steps N --samples 0`, run --repeat times. The rows take turns: all
-of them once, then all of them again. A shared machine can be 40 % faster in one minute than in the next, and so every row
-meets both minutes. A speed is the median over the repetitions; a ratio of speeds is the median of the ratios within each
-repetition. The peak of live tensor bytes is exact. So it must be the same in every repetition, and the table says where it
-is not. tables.py and plots.py make the tables and the pictures from the numbers.
+A row is one command, `python train.py --model M OPTIONS --steps N --samples 0`. It is run --repeat times.
+
+* The rows take turns: each runs once, then each runs again. A shared machine can be 40 % faster in one minute than in the
+  next, and with turns a slow minute does not fall on all runs of one row.
+* A speed is the median over the repetitions. A ratio of speeds is the median of the ratios within each repetition.
+* The peak of live tensor bytes is exact. So it must be the same in every repetition; if it is not, the table says so.
+
+tables.py and plots.py make the tables and the pictures from the numbers.
 """
 import argparse
 import datetime
@@ -48,7 +51,7 @@ PEER_VERSIONS = ("transformers", "peft", "bitsandbytes")
 
 # ------------------------------------------------------------------------------------------------------ the rows
 
-ACCUMULATED = "--amp --ckpt-every 1 --batch-size 1 --grad-accum 8"  # in place of train.py's 8 x 1
+ACCUMULATED = "--amp --ckpt-every 1 --batch-size 1 --grad-accum 8"  # train.py's default is --batch-size 8 --grad-accum 1
 LADDER = {
     "full fine-tuning": "--full",
     "LoRA": "",
@@ -64,7 +67,7 @@ GRID = {f"{n} x {8 // n}": f"--lora-r 8 --lora-alpha 16 --lora-dropout 0.1 --bat
         for n in (1, 2, 4, 8)}
 TECHNIQUES = {
     "baseline": "--full",
-    "1 checkpointing": "--full --ckpt-every 1",
+    "1 recomputation": "--full --ckpt-every 1",
     "2 accumulation": "--full --batch-size 1 --grad-accum 8",
     "3 8-bit AdamW": "--full --optimizer adamw8bit",
     "4 AMP, optimizer on the CPU": "--full --amp --optimizer offload_adamw",
@@ -88,6 +91,7 @@ PREDICT = (
 
 
 def named(table: dict) -> Callable:
+    """The rows of a table of {name: options}, for any model."""
     return lambda model, args: [{"name": name, "model": model, "options": options} for name, options in table.items()]
 
 
@@ -96,7 +100,7 @@ def predict_rows(model: str, args) -> list[dict]:
 
 
 def peers_rows(model: str, args) -> list[dict]:
-    """Neighbouring rows are a pair: here, then the peer. PEFT adapts GPT-2's c_attn whole, so both do."""
+    """Pairs of rows: this program, then the peer. PEFT can only adapt GPT-2's whole c_attn, so both programs do it."""
     _, _, raw = weights.read_config(weights.find(model))
     targets = "c_attn" if raw["model_type"] == "gpt2" else "q_proj,v_proj"
     ours = (f"--lora-r 8 --lora-targets {targets} --batch-size 4 --max-length 256 --template alpaca --lr 1e-3 "
@@ -110,11 +114,11 @@ def peers_rows(model: str, args) -> list[dict]:
 
 
 def scaling_rows(model: str, args) -> list[dict]:
-    """From one configuration, a quarter of the positions (1,024 at most) x 4 examples, each of three sizes is varied."""
+    """One configuration (4 examples of a quarter of the positions, at most 256), of which one size at a time is varied."""
     if args.data:
         raise UserError("scaling takes no --data: every example must fill its length, so the bench writes a text of its own")
     config, _, raw = weights.read_config(weights.find(model))
-    targets = "c_attn.q,c_attn.v" if raw["model_type"] == "gpt2" else "q_proj,v_proj"  # gpt2-nano's own default is another
+    targets = "c_attn.q,c_attn.v" if raw["model_type"] == "gpt2" else "q_proj,v_proj"  # (gpt2-nano's default is "all")
     longest = min(1024, config.n_positions)
     base = {"length": longest // 4, "batch": 4, "layers": config.n_layer}
     grid = {"length": (longest // 8, longest // 4, longest // 2, longest), "batch": (1, 2, 4, 8),
@@ -130,14 +134,17 @@ def scaling_rows(model: str, args) -> list[dict]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------- one run
+# ------------------------------------------------------------------------------------------------------ one run
 
 class RunFailed(Exception):
-    """A configuration that did not run; the message is its process's last line."""
+    """A configuration did not run. The message is the last line of its process."""
 
 
 def run_one(row: dict, settings: dict) -> dict:
-    """One row's process, from its start to its summary.json (the peer: its last line). Raises RunFailed."""
+    """Run one row's process -> its summary.json (the peer: the JSON of its last line), with the commit. Raises RunFailed.
+
+    For train.py, "step_s" (the median) and "examples" (in the training set) are added.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-") as tmp:
         program, model = row.get("program", "train.py"), row["model"]
         data = ["--data", absolute(settings["data"])] if settings["data"] else []
@@ -158,24 +165,25 @@ def run_one(row: dict, settings: dict) -> dict:
         if program == tables.PEER:
             return {**json.loads(done.stdout.splitlines()[-1]), "commit": commit()}
         summary = weights.read_json(Path(tmp) / "run" / "summary.json")
-        steps = [x["step_s"] for x in record.read_log(Path(tmp) / "run") if "step_s" in x][2:]  # warm-up, ledger
+        # Without the first two steps: the first one warms up, and the ledger always follows the second one.
+        steps = [x["step_s"] for x in record.read_log(Path(tmp) / "run") if "step_s" in x][2:]
         examples = int(re.search(r"training: ([\d,]+) examples", done.stdout)[1].replace(",", ""))
         return {**summary, "step_s": statistics.median(steps) if steps else None, "examples": examples, "commit": commit()}
 
 
 def absolute(path: str) -> str:
-    """As the processes need it, which may run in another folder; the name of a model stays as it is."""
+    """The absolute path of a file or folder, because a row's process may run in another folder. Model names stay."""
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def without_paths(words: list[str]) -> list[str]:
-    """A command as it is shown: of a model's folder or a data file only the name, whatever machine it was typed on."""
+    """A command as the tables show it: of a path only the last part, because the rest says something about one machine."""
     return [",".join(Path(part).name if os.sep in part and Path(part).exists() else part for part in word.split(","))
             for word in words]
 
 
 def other_depth(model: str, layers: int, tmp: Path) -> str:
-    """The same model with fewer or more layers, of random weights, in tmp; the model itself at its own depth."""
+    """The same model with another number of layers and random weights, in tmp. For its own number: the model itself."""
     folder = weights.find(model)
     config, _, raw = weights.read_config(folder)
     if layers == config.n_layer:
@@ -190,13 +198,16 @@ def other_depth(model: str, layers: int, tmp: Path) -> str:
 
 
 def long_text(sizes: dict, settings: dict, tmp: Path) -> list[str]:
-    """A text that fills every window of the run: 8 bytes for a token is more than any tokenizer here makes of one."""
+    """Options for a text that is long enough for the whole run, at 8 bytes a token: no tokenizer here has longer tokens on
+    average."""
     text = (ASSETS / "support.jsonl").read_text(encoding="utf-8")
     pieces = settings["steps"] * sizes["batch"] * sizes["length"] * 8 // len(text) + 1
     weights.write_text(tmp / "train.txt", text * pieces)
     weights.write_text(tmp / "held-out.txt", text[:16 * sizes["length"]])
     return ["--data", f"{tmp}/train.txt", "--val-data", f"{tmp}/held-out.txt"]
 
+
+# ------------------------------------------------------------------------------------------------------ one bench
 
 @dataclass
 class Bench:
@@ -219,10 +230,8 @@ BENCHES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ the whole
-
 def commit() -> str | None:
-    """Of this checkout, "+ changes" where a .py file differs from it; None outside git."""
+    """The commit of this checkout, with "+ changes" if a .py file differs from it. None outside git."""
     def git(*command):
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
     if not (ROOT / ".git").exists() or (head := git("rev-parse", "--short=10", "HEAD")).returncode:
@@ -251,7 +260,7 @@ def n_runs(rows: list[dict]) -> int:
 
 
 def earlier(path: Path, settings: dict, resume: bool) -> list[dict]:
-    """The rows of an earlier bench in `path` whose runs count. Raises UserError rather than lose an unfinished one."""
+    """The rows of the earlier bench in `path`, if their runs can be used again. Raises UserError if runs would be lost."""
     if not path.is_file():
         return []
     old = weights.read_json(path)
@@ -270,7 +279,8 @@ def earlier(path: Path, settings: dict, resume: bool) -> list[dict]:
 
 
 def run_bench(name: str, models: list[str], args, extra: list[str], command: str) -> bool:
-    """One table over `models`: its .json after every run, its .md and .png at the end. Whether all rows ran."""
+    """Make one table over `models`. Writes its .json after every run, and its .md and .png at the end. True if all rows ran.
+    """
     bench = BENCHES[name]
     settings = {"models": models, "data": args.data, "steps": args.steps or bench.steps,
                 "repeat": args.repeat or bench.repeat, "device": args.device, "extra": extra}
@@ -292,16 +302,16 @@ def run_bench(name: str, models: list[str], args, extra: list[str], command: str
                     continue
                 try:
                     r["runs"].append(run_one(r, settings))
-                    said = f"peak RSS {tables.mb(r['runs'][-1]['memory']['rss_peak'])} MB"
+                    result = f"peak RSS {tables.mb(r['runs'][-1]['memory']['rss_peak'])} MB"
                 except RunFailed as e:
                     r["runs"], r["failed"] = [], str(e)
-                    said = f"failed: {e}"
+                    result = f"failed: {e}"
                 weights.write_text(path, json.dumps(doc, indent=1) + "\n")
-                bar.write(f"{turn + 1}/{settings['repeat']} {Path(r['model']).name} {r['name']}: {said}", file=sys.stdout)
+                bar.write(f"{turn + 1}/{settings['repeat']} {Path(r['model']).name} {r['name']}: {result}", file=sys.stdout)
                 bar.update()
     except KeyboardInterrupt:
         bar.close()
-        print(f"interrupted; finished runs kept in {path}: {n_runs(rows)}; the same command with --resume goes on")
+        print(f"interrupted; finished runs kept in {path}: {n_runs(rows)}; the same command with --resume continues")
         raise
     bar.close()
     for r in rows:
@@ -319,40 +329,41 @@ def run_bench(name: str, models: list[str], args, extra: list[str], command: str
 
 
 def main(argv: list[str] | None = None) -> bool:
-    """Run one bench; True if every row of it ran. Raises UserError, and KeyboardInterrupt after saving."""
+    """Run one bench. True if all its rows ran. Raises UserError, and KeyboardInterrupt after the finished runs are saved."""
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     argv, extra = argv[:cut], argv[cut + 1:]
     p = argparse.ArgumentParser(
         prog="python -m bench", usage="python -m bench NAME [options] [-- OPTIONS OF TRAIN.PY]",
         description="The README's tables and pictures.",
-        epilog="Finished runs are kept in DIR/NAME-MODEL.json. --resume uses those of the same rows, model, data, steps, "
-               "repetitions and train.py options (whatever the commit) and tries failed rows again. Without it, an "
-               "unfinished file is left alone with an error, a finished one is replaced.")
+        epilog="Finished runs are kept in DIR/NAME-MODEL.json. With --resume, they are used again if the row, model, data, "
+               "steps, repetitions, device and train.py options are the same (the commit may be another); failed rows are "
+               "tried again. Without --resume, a finished file is replaced, and an unfinished file is an error.")
     p.add_argument("name", metavar="NAME", choices=BENCHES, help=", ".join(BENCHES))
-    p.add_argument("--model", action="append", metavar="M", help="as train.py's; several, comma separated or repeated, "
-                   "make one table in predict and a table each elsewhere (default: gpt2-nano)")
-    p.add_argument("--data", metavar="FILE", help="as train.py's (default: the bundled examples)")
-    p.add_argument("--steps", type=int, metavar="N", help="optimizer steps a run (default: "
+    p.add_argument("--model", action="append", metavar="M", help="as in train.py. For several models, repeat the option or "
+                   "separate them by commas: predict makes one table of them all, the others one for each (default: "
+                   "gpt2-nano)")
+    p.add_argument("--data", metavar="FILE", help="as in train.py (default: the bundled examples)")
+    p.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each run (default: "
                    + ", ".join(f"{name} {b.steps}" for name, b in BENCHES.items()) + ")")
-    p.add_argument("--repeat", type=int, metavar="N", help="runs a row (default: "
+    p.add_argument("--repeat", type=int, metavar="N", help="runs of each row (default: "
                    + ", ".join(f"{name} {b.repeat}" for name, b in BENCHES.items()) + ")")
-    p.add_argument("--device", metavar="X", help="as train.py's")
+    p.add_argument("--device", metavar="X", help="as in train.py")
     p.add_argument("--out", default=str(ROOT / "docs" / "bench"), metavar="DIR",
-                   help="folder of the tables (default: docs/bench, beside this program)")
-    p.add_argument("--resume", action="store_true", help="go on with an interrupted bench")
+                   help="folder of the tables (default: the repository's docs/bench)")
+    p.add_argument("--resume", action="store_true", help="continue an interrupted bench")
     args = p.parse_args(argv)
     for option in ("steps", "repeat"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise UserError(f"--{option} {value}: must be at least 1")
     own = {"--model", "--data", "--steps", "--device", "--out", "--samples", "--resume"}
     if taken := own & {x.split("=")[0] for x in extra}:
-        raise UserError(f"{min(taken)} belongs before the --, or is the bench's own")
+        raise UserError(f"{min(taken)} belongs before the --, or the bench sets it itself")
     if extra and args.name == "peers":
         raise UserError("peers takes no options of train.py: the job must be the same on both sides")
     models = [m for given in args.model or ["gpt2-nano"] for m in given.split(",") if m]
     for m in models:
-        weights.find(m)  # a wrong name is one line here and not one in every row
+        weights.find(m)  # so a wrong name is one error here, not one in every row
     typed = [x for x in argv if x != "--resume"] + (["--", *extra] if extra else [])
     command = shlex.join(["python", "-m", "bench", *without_paths(typed)])
     groups = [models] if args.name == "predict" else [[m] for m in models]

@@ -1,6 +1,7 @@
-"""The bench's pictures. Every one must be readable in black and white: hatches and greys beside colour, values on the bars.
+"""The bench's pictures. Each one is readable in black and white: bars differ in hatch and grey too, and carry their values.
 
-The colours are Okabe and Ito's (2008), which colour-blind readers tell apart, in an order whose greys alternate.
+Most of the colours are Okabe and Ito's (2008), which colour-blind readers can tell apart. In their order here, light and
+dark alternate.
 """
 import textwrap
 from pathlib import Path
@@ -22,6 +23,7 @@ INK = "0.15"
 
 
 def save(fig, title: str, command: str, path):
+    """Write the figure as PNG, with its title above and the command that made it below."""
     fig.suptitle(title, fontsize=11)
     fig.supxlabel(textwrap.fill(command, 130), fontsize=6.5, color="0.35", family="monospace")
     with weights.atomic(path) as tmp:
@@ -30,11 +32,12 @@ def save(fig, title: str, command: str, path):
 
 
 def scale(values) -> tuple[float, str]:
+    """(the unit in bytes, its name) in which to draw `values` bytes."""
     return (1e9, "GB") if max(values) >= 2e9 else (1e6, "MB")
 
 
 def digits(x: float) -> str:
-    """Three figures: 4.66, 46.6, 466."""
+    """x with three digits: 4.66, 46.6, 466."""
     return f"{x:,.{0 if abs(x) >= 100 else 1 if abs(x) >= 10 else 2}f}"
 
 
@@ -43,7 +46,7 @@ def amount(n: float) -> str:
 
 
 def categories(title: str, rows: list[dict], command: str, path):
-    """The measured peak as bars stacked by category, the predicted one as a dashed outline around them; the speed beside."""
+    """One bar for each row: the measured peak stacked by category, the predicted peak as a dashed outline, and the speed."""
     rows = [r for r in rows if tables.peak(r)]
     memories = [r["median"]["memory"] for r in rows]
     unit, name = scale([m["measured_peak"] for m in memories])
@@ -51,7 +54,7 @@ def categories(title: str, rows: list[dict], command: str, path):
     used = [c for c in memory.CATEGORIES if any((m["by_category"] or {}).get(c) for m in memories)]
     for y, m in enumerate(memories):
         left = 0.0
-        if not m["by_category"]:  # a GPU's allocator does not say what it holds
+        if not m["by_category"]:  # --compile on a GPU: no step was followed, so only the allocator's peak is known
             ax.barh(y, m["measured_peak"] / unit, 0.58, color="0.75", edgecolor=INK, linewidth=0.6)
         for i, c in enumerate(memory.CATEGORIES):
             if n := (m["by_category"] or {}).get(c):
@@ -76,7 +79,7 @@ def categories(title: str, rows: list[dict], command: str, path):
 
 
 def bars(ax, labels, values, ylabel: str, kinds=None):
-    """Upright bars with their values; kinds: of which of two kinds each is."""
+    """Upright bars with their values. kinds: 0 or 1 for each bar, its colour and hatch."""
     for x, v in enumerate(values):
         if v is not None:
             kind = kinds[x] if kinds else 0
@@ -99,7 +102,7 @@ def grid(title: str, rows: list[dict], command: str, path):
 
 
 def peers(title: str, rows: list[dict], command: str, path):
-    """Two panels, a pair of bars for each precision: examples a second, memory (peak allocated where that was measured)."""
+    """Two panels with a pair of bars for each precision: examples a second, and memory (on a GPU allocated, else RSS)."""
     on_gpu = any(r["program"] == tables.PEER and tables.peak(r) for r in rows) and all(tables.peak(r) for r in rows)
     fig, axs = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     names, kinds = [r["name"].split(",")[0] for r in rows], [int(r["program"] == tables.PEER) for r in rows]
@@ -113,7 +116,7 @@ def peers(title: str, rows: list[dict], command: str, path):
 
 
 def predict(title: str, rows: list[dict], command: str, path):
-    """Left: predicted against measured peak, on the diagonal where they agree. Right: the errors, sorted."""
+    """Left: predicted against measured peak; points on the diagonal are exact. Right: the errors, sorted."""
     rows = [r for r in rows if tables.error(r) is not None]
     models = list(dict.fromkeys(r["model"] for r in rows))
     fig, axs = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
@@ -148,10 +151,10 @@ def predict(title: str, rows: list[dict], command: str, path):
 
 def scaling(title: str, rows: list[dict], command: str, path):
     """Peak (above) and seconds a step (below) against each size, with the fitted line and power."""
-    found = tables.axes(rows)
-    n = max(1, len(found))
+    by_size = tables.axes(rows)
+    n = max(1, len(by_size))
     fig, axs = plt.subplots(2, n, figsize=(3.4 * n, 5.6), layout="constrained", squeeze=False)
-    for column, (size, mine) in zip(axs.T, found.items()):
+    for column, (size, mine) in zip(axs.T, by_size.items()):
         xs = [r["sizes"][size] for r in mine]
         for ax, ys, unit in ((column[0], [tables.peak(r) / 1e6 for r in mine], "peak, MB"),
                              (column[1], [r["median"]["step_s"] for r in mine], "seconds a step")):
@@ -163,7 +166,9 @@ def scaling(title: str, rows: list[dict], command: str, path):
                     label=f"{digits(a)} + {b:.3g} x\n~ x^{tables.exponent(xs, ys):.2f}")
             ax.plot(xs, ys, "o", color="#0072B2", markeredgecolor=INK)
             for x, y in zip(xs, ys):
-                ax.annotate(digits(y), (x, y), xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=7)
+                below = y < 0.99 * (a + b * x)  # away from the line
+                ax.annotate(digits(y), (x, y), xytext=(4, -9) if below else (-4, 4), textcoords="offset points",
+                            ha="left" if below else "right", fontsize=7)
             ax.margins(x=0.18)
             ax.set(xlabel={"length": "positions", "batch": "examples a batch"}.get(size, size), ylabel=unit,
                    ylim=(0, 1.15 * max(ys)))

@@ -1,8 +1,8 @@
-"""What the bench's numbers become: medians, ratios pair by pair, fitted laws, and the Markdown tables.
+"""From the bench's numbers to Markdown tables: medians, ratios of paired runs, fitted laws.
 
-A table is a list of (title, function from a row to its cell), and notes below it that are made from the numbers. A row is
-{"name", "model", "program", "options", "runs": [what summary.json holds, ...], "median": the same, of medians}; one that
-did not run has "failed", the last line of its process, instead.
+A table is a list of (column title, function from a row to its cell), and a list of notes that are made from the numbers.
+A row is {"name", "model", "program", "options", "runs": [what summary.json holds, ...], "median": the same with medians}.
+A row that did not run has "failed" instead of "median": the last line of its process.
 """
 import shlex
 import statistics
@@ -37,22 +37,22 @@ def peak(row: dict) -> float | None:
 
 
 def ratios(a: dict, b: dict, *keys: str) -> list[float]:
-    """a / b of what `keys` lead to, within each repetition, whose runs share their minutes."""
-    def of(run):
+    """a / b in each repetition, whose runs are close in time. keys: the path to the number, such as "memory", "rss_peak"."""
+    def value(run):
         for k in keys:
             run = run[k]
         return run
-    pairs = [(of(x), of(y)) for x, y in zip(a["runs"], b["runs"])]
+    pairs = [(value(x), value(y)) for x, y in zip(a["runs"], b["runs"])]
     return [x / y for x, y in pairs] if all(x and y for x, y in pairs) else []
 
 
 def ratio(a: dict, b: dict, *keys: str) -> float | None:
-    """The median of `ratios`."""
-    return statistics.median(found) if (found := ratios(a, b, *keys)) else None
+    """The median of `ratios`, or None."""
+    return statistics.median(values) if (values := ratios(a, b, *keys)) else None
 
 
 def error(row: dict) -> float | None:
-    """Of the prediction, in % of the measured peak."""
+    """The error of the predicted peak, in % of the measured peak."""
     predicted = row["median"]["memory"]["predicted_peak"]
     return 100 * (predicted / peak(row) - 1) if predicted is not None and peak(row) else None
 
@@ -63,20 +63,20 @@ def epoch_s(row: dict) -> float | None:
 
 
 def line_fit(xs, ys) -> tuple[float, float, float]:
-    """(a, b, worst deviation in %) of y = a + b x by least squares."""
+    """(a, b, the worst deviation in %) for y = a + b x, by least squares."""
     b, a = np.polyfit(xs, ys, 1)
     return a, b, max(100 * abs((a + b * x) / y - 1) for x, y in zip(xs, ys))
 
 
 def exponent(xs, ys) -> float:
-    """k of y ~ x^k: least squares over the logarithms."""
+    """k in y ~ x^k, by least squares over the logarithms."""
     return np.polyfit(np.log(xs), np.log(ys), 1)[0]
 
 
 NAME = ("row", lambda r: r["name"])
 MODEL = ("model", lambda r: Path(r["model"]).name)
 OPTIONS = ("options", lambda r: f"`{r['options']}`" if r["options"] else "(none)")
-PLAIN = [NAME[1], MODEL[1], OPTIONS[1]]  # what is known of a row that failed
+PLAIN = [NAME[1], MODEL[1], OPTIONS[1]]  # these cells need no run, so a row that failed has them too
 PREDICTED = ("predicted peak, MB", lambda r: mb(r["median"]["memory"]["predicted_peak"], "not predicted"))
 MEASURED = ("measured peak, MB", lambda r: mb(peak(r)))
 RSS = ("peak RSS, MB", lambda r: mb(r["median"]["memory"]["rss_peak"]))
@@ -102,17 +102,17 @@ def grid(rows, good):
         fast, slow = by_time[0], by_time[-1]
         a, b, _ = line_fit([int(r["name"].split()[0]) for r in good], [peak(r) for r in good])
         why = {"8": "one product over 8 examples reads each weight once, 8 small products read it 8 times",
-               "1": "a micro-batch of one has no padding, and one example keeps this processor busy already; where it does "
-                    "not (a GPU), expect the other order"}
+               "1": "a micro-batch of one example has no padding, and one example already keeps this processor busy; where "
+                    "it does not (a GPU), expect the opposite order"}
         why = why.get(fast["name"][0], "large micro-batches are padded more, small ones make more and smaller products")
         times = ratios(slow, fast, "examples_per_s")
-        settled = len(times) > 2 and all(x < 1 for x in times)  # in every repetition, not in the median only
+        settled = len(times) > 2 and all(x < 1 for x in times)  # in every repetition, not only in the median
         end = f"; a likely reason, not measured here: {why}." if settled else ", but these runs do not settle the order."
         notes = [f"Time: {' < '.join(r['name'] for r in by_time)}. {fast['name']} takes {number(statistics.median(times))} "
                  f"of the time of {slow['name']}{end}",
                  f"Memory: {' < '.join(r['name'] for r in sorted(good, key=peak))}; {mb(a)} MB + {mb(b)} MB for each "
-                 f"example of a micro-batch (least squares). Accumulation itself costs the gradients, which stay from one "
-                 f"micro-batch to the next; each backward frees its graph."]
+                 f"example of a micro-batch (least squares). Accumulation itself costs only the gradients, which are kept "
+                 f"from one micro-batch to the next; each backward frees its graph."]
     epoch = ("seconds an epoch", lambda r: number(epoch_s(r), ",.1f"))
     return [("batch x accumulation", NAME[1]), OPTIONS, epoch, MEASURED, RSS, TOKENS, LOSS], notes
 
@@ -122,8 +122,8 @@ def techniques(rows, good):
     share = ("of the baseline's", lambda r: number(ratio(r, base, "memory", "measured_peak") if base else None))
     times = ("times the baseline's", lambda r: number(ratio(r, base, "step_s") if base else None))
     return [NAME, OPTIONS, PREDICTED, MEASURED, share, RSS, STEP, times, LOSS], [
-        "Number 4 keeps float32 masters, their gradients and AdamW's states in the machine's memory, and 16-bit weights on "
-        "the device. In a run on the CPU both are one memory: the peak counts both, and nothing is saved there."]
+        "Number 4 keeps float32 masters, their gradients and AdamW's states in host memory, and 16-bit weights on the "
+        "device. In a run on the CPU these are one memory: the peak counts both, and nothing is saved."]
 
 
 def predict(rows, good):
@@ -137,11 +137,10 @@ def predict(rows, good):
 
 
 def peers(rows, good):
-    notes = ["Every second row is the same job in transformers + PEFT (bench/transformers_peft.py); ratios are here / peer, "
-             "the median over the pairs of neighbouring runs. Examples/s leave out the first step (peer) or the first two "
-             "(here). "
-             "16 bit is bfloat16 autocast: over 16-bit weights here, over float32 weights in the peer, as its documentation "
-             "has it."]
+    notes = ["Every second row is the same job in transformers + PEFT (bench/transformers_peft.py), the peer. A ratio is "
+             "here / peer, the median over the pairs of neighbouring runs. Examples/s leave out the first step, and here "
+             "also the steps that the ledger follows. 16 bit is bfloat16 autocast: over 16-bit weights here, over float32 "
+             "weights in the peer, as its documentation shows it."]
     for ours, theirs in zip(rows[::2], rows[1::2]):
         if ours not in good or theirs not in good:
             continue
@@ -157,22 +156,25 @@ def peers(rows, good):
 
 
 def axes(good) -> dict[str, list[dict]]:
-    """scaling's rows by the size in which they differ from the base, which is in all three; a law needs three points."""
+    """scaling's rows by the size that varies in them: {"length": rows in rising order, "batch": ..., "layers": ...}.
+
+    The base configuration is in all three. A size with fewer than three rows is left out, because a law needs three points.
+    """
     good = [r for r in good if peak(r)]
     sizes = ("length", "batch", "layers") if good else ()
     base = {k: statistics.mode(r["sizes"][k] for r in good) for k in sizes}
-    found = {k: [r for r in good if all(r["sizes"][j] == base[j] for j in base if j != k)] for k in base}
-    return {k: sorted(rows, key=lambda r: r["sizes"][k]) for k, rows in found.items() if len(rows) > 2}
+    varied = {k: [r for r in good if all(r["sizes"][j] == base[j] for j in base if j != k)] for k in base}
+    return {k: sorted(rows, key=lambda r: r["sizes"][k]) for k, rows in varied.items() if len(rows) > 2}
 
 
 def scaling(rows, good):
     notes = []
-    for size, found in axes(good).items():
-        xs, peaks = [r["sizes"][size] for r in found], [peak(r) for r in found]
+    for size, varied in axes(good).items():
+        xs, peaks = [r["sizes"][size] for r in varied], [peak(r) for r in varied]
         a, b, worst = line_fit(xs, peaks)
         notes.append(f"Peak against {size}: {mb(a)} MB + {b / 1e6:,.3f} MB x {size} (worst deviation {worst:.2f} %); as a "
                      f"power, {size}^{exponent(xs, peaks):.2f}.")
-        if all(times := [r["median"]["step_s"] for r in found]):
+        if all(times := [r["median"]["step_s"] for r in varied]):
             a, b, worst = line_fit(xs, times)
             notes.append(f"Time a step against {size}: {a:,.3f} s + {b:,.5f} s x {size} (worst deviation {worst:.1f} %); as "
                          f"a power, {size}^{exponent(xs, times):.2f}.")
@@ -180,12 +182,12 @@ def scaling(rows, good):
 
 
 def markdown(title: str, table, doc: dict, picture: str | None) -> str:
-    """The whole page: what ran where, the table, its notes, the picture. table: one of the functions above."""
-    rows, about, s = doc["rows"], doc["about"], doc["settings"]
+    """The whole page: the command, the machine, the table, its notes, the picture. table: one of the functions above."""
+    rows, origin, s = doc["rows"], doc["about"], doc["settings"]
     good = [r for r in rows if "median" in r]
     columns, notes = table(rows, good)
     commits = sorted({str(run["commit"]) for r in rows for run in r["runs"]})
-    where = ", ".join([about["date"], about["machine"], *(f"{k} {v}" for k, v in about["versions"].items()),
+    where = ", ".join([origin["date"], origin["machine"], *(f"{k} {v}" for k, v in origin["versions"].items()),
                        f"commit {' and '.join(commits)}"])
     how = f"{s['steps']} steps a run, " + (f"medians of {s['repeat']} runs" if s["repeat"] > 1 else "one run a row")
     lines = [f"# {title}", "", "```", doc["command"], "```", "", f"{where}. {how}; MB are 10^6 bytes."

@@ -4,9 +4,10 @@
     python -m bench.transformers_peft --model DIR --data FILE --amp --bits 4  nf4 with double quantisation, in bfloat16
 
 A plain loop as the two projects document it: from_pretrained, get_peft_model (r 8, alpha 16, on Q and V or GPT-2's c_attn),
-torch.autocast, torch.optim.AdamW; Alpaca's prompt, the loss on the replies only, batches padded to the longest. This is the
-only file outside tests/ that imports transformers and PEFT. Three parts come from this project, so that both programs do the
-same job: the rows and which are held out (data.py), the folder of a model's name (files/hub.py), the RSS (memory.py).
+torch.autocast, torch.optim.AdamW. It uses Alpaca's prompt, has a loss on the replies only, and pads each batch to its
+longest example. This is the only file outside tests/ that imports transformers and PEFT. Three parts come from this project,
+so that both programs do the same job: the rows and which of them are held out (data.py), the folder of a model's name
+(files/hub.py), and the RSS (memory.py).
 
 Three things are to the peer's advantage:
 
@@ -14,7 +15,7 @@ Three things are to the peer's advantage:
 * Quantised models skip prepare_model_for_kbit_training, which would hold embedding and head in float32.
 * The RSS is measured before the held-out loss is computed.
 
-The last line that it prints is JSON in the shape of summary.json, with a list of all losses added.
+The last line of its output is JSON in the shape of summary.json, with a list of all losses added.
 """
 import argparse
 import json
@@ -62,7 +63,7 @@ def load(args):
 
 
 def examples(rows, tokenizer, max_length: int) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of instruction rows, cut at max_length."""
+    """(ids, labels) of each instruction row, cut at max_length. A label of -100 has no loss. Raises UserError."""
     built = []
     for where, row in rows:
         messages = data.to_messages(where, row)
@@ -76,17 +77,17 @@ def examples(rows, tokenizer, max_length: int) -> list[tuple[list[int], list[int
                   + (f"### Input:\n{user['input']}\n\n" if user["input"] else "") + "### Response:\n")
         prompt = tokenizer(prompt)["input_ids"]
         reply = tokenizer(reply["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        if len(prompt) < max_length:  # else nothing of the reply is left to learn
+        if len(prompt) < max_length:  # else nothing is left of the reply
             built.append(((prompt + reply)[:max_length], ([-100] * len(prompt) + reply)[:max_length]))
     return built
 
 
 def batch(chosen, device) -> dict:
     longest = max(len(ids) for ids, _ in chosen)
-    room = [longest - len(ids) for ids, _ in chosen]
-    return {"input_ids": torch.tensor([ids + [0] * n for (ids, _), n in zip(chosen, room)], device=device),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for (ids, _), n in zip(chosen, room)], device=device),
-            "labels": torch.tensor([labels + [-100] * n for (_, labels), n in zip(chosen, room)], device=device)}
+    pads = [longest - len(ids) for ids, _ in chosen]
+    return {"input_ids": torch.tensor([ids + [0] * n for (ids, _), n in zip(chosen, pads)], device=device),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for (ids, _), n in zip(chosen, pads)], device=device),
+            "labels": torch.tensor([labels + [-100] * n for (_, labels), n in zip(chosen, pads)], device=device)}
 
 
 def main(args) -> dict:
@@ -153,7 +154,7 @@ if __name__ == "__main__":
     p.add_argument("--max-length", type=int, default=256)
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--amp", action="store_true", help="torch.autocast in bfloat16")
-    p.add_argument("--bits", type=int, choices=(8, 4), help="with bitsandbytes")
+    p.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights with bitsandbytes")
     p.add_argument("--device")
     try:
         print(json.dumps(main(p.parse_args())))

@@ -1,20 +1,20 @@
-"""From a name to a folder: where a model is looked for, and which files make it whole.
+"""From a model's name to its folder: where the program looks for a model, and which files a complete model has.
 
-A name is a short name (`gpt2`), a hub repository (`org/name`) or a folder. It is looked for in four places, in this order:
+A name is a short name (`gpt2`), a hub repository (`org/name`) or a folder. The program looks in four places, in this order:
 
-    1. the bundled assets/            gpt2-nano
+    1. the bundled assets/               gpt2-nano
     2. a local folder of that name
-    3. the hub's cache on this machine, which is used as it is, if it is whole: the network is not asked
-    4. the hub                        only the safetensors, JSON and tokenizer files are downloaded
+    3. the hub's cache on this machine   a complete model in it is used as it is, without any network
+    4. the hub                           only the safetensors, JSON, tokenizer and template files are downloaded
 
-Whatever the place, it is a folder in the Hugging Face layout:
+In each place the model is a folder in the Hugging Face layout:
 
-    config.json                                             the architecture (`model_type`: gpt2.py, llama.py or phi.py)
+    config.json                                                            the architecture (`model_type`, see weights.py)
     model.safetensors, or *.safetensors + model.safetensors.index.json     the weights, in one file or in shards
-    tokenizer.json, tokenizer.model or vocab.json + merges.txt             read by tokenizer.py
+    tokenizer.json, tokenizer.model, or vocab.json + merges.txt            the tokenizer (tokenizer.py)
 
-The short names' config.json are facts that do not change, so they are written down here: how many parameters and bytes
-LLaMA-7B has can be told without its 13.5 GB, and without a network.
+The config.json of a published model does not change. So this file holds the important part of it for each short name. This
+part alone tells how many parameters and bytes LLaMA-7B has, without a network and without a download of 13.5 GB.
 """
 import contextlib
 import json
@@ -46,7 +46,7 @@ def phi(width: int, layers: int, rotary_factor: float) -> dict:
             "tie_word_embeddings": False}
 
 
-def llama31(factor: float) -> dict:  # trained on 8,192 positions, then stretched
+def llama31(factor: float) -> dict:  # pretrained on 8,192 positions, then extended to 131,072
     return {**LLAMA3, "max_position_embeddings": 131072, "rope_scaling": {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192}}
@@ -55,7 +55,7 @@ def llama31(factor: float) -> dict:  # trained on 8,192 positions, then stretche
 LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 LLAMA32 = {**llama31(32.0), "tie_word_embeddings": True}
 SMOLLM2 = {"vocab_size": 49152, "max_position_embeddings": 8192, "rope_theta": 100000.0, "tie_word_embeddings": True}
-SHORT_NAMES = {  # name -> (hub repository, what counts of its config.json)
+SHORT_NAMES = {  # name -> (hub repository, the part of its config.json that the model depends on)
     "gpt2": ("openai-community/gpt2", gpt2(768, 12, 12)),
     "gpt2-medium": ("openai-community/gpt2-medium", gpt2(1024, 24, 16)),
     "gpt2-large": ("openai-community/gpt2-large", gpt2(1280, 36, 20)),
@@ -89,13 +89,13 @@ def find(name: str) -> Path:
 
 
 def local_folder(name: str) -> Path | None:
-    if Path(name).name == name and (ASSETS / name / "config.json").is_file():  # ./gpt2-nano is a folder of the user's
+    if Path(name).name == name and (ASSETS / name / "config.json").is_file():  # (./gpt2-nano is the user's own folder)
         return ASSETS / name
     return Path(name) if Path(name).is_dir() else None
 
 
 def repository(name: str) -> str:
-    """The hub repository that `name` stands for. Raises UserError for what cannot be one."""
+    """The hub repository that `name` stands for. Raises UserError if `name` cannot be a repository."""
     repo = SHORT_NAMES[name][0] if name in SHORT_NAMES else name
     if not is_hub_name(repo):
         raise UserError(f"--model {name}: no such folder, and no short name ({', '.join(['gpt2-nano', *SHORT_NAMES])}); "
@@ -107,17 +107,17 @@ def is_hub_name(repo: str) -> bool:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
     try:
         validate_repo_id(repo)
-    except HFValidationError:  # a mistyped path, more likely: spaces, "--", a leading dot
+    except HFValidationError:  # spaces, "--", a leading dot: probably a mistyped path
         return False
     return repo.count("/") == 1
 
 
 def names_in_cache(name: str, repo: str) -> list[str]:
-    return [repo, repo.split("/")[1]] if name in SHORT_NAMES else [repo]  # GPT-2 used to be plain "gpt2"
+    return [repo, repo.split("/")[1]] if name in SHORT_NAMES else [repo]  # (GPT-2's repository was once named "gpt2")
 
 
 def from_hub(name: str, repo: str) -> Path:
-    """A complete snapshot in the hub's cache, without asking the network; otherwise download it."""
+    """A complete snapshot from the hub's cache, without any network; if there is none, download it. Raises UserError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -127,17 +127,17 @@ def from_hub(name: str, repo: str) -> Path:
             folder = Path(snapshot_download(cached, local_files_only=True, **wanted))
             if is_complete(folder):
                 return folder
-    ways_on = f"--model accepts a local folder with {repo}'s files, or gpt2-nano, which is bundled"
+    way_out = f"--model accepts a local folder with {repo}'s files, or gpt2-nano, which is bundled"
     try:
         return Path(snapshot_download(repo, **wanted))
     except GatedRepoError:
-        raise UserError(f"{repo} needs its licence accepted on the hub and your token in HF_TOKEN; {ways_on}") from None
+        raise UserError(f"{repo} needs its licence accepted on the hub and your token in HF_TOKEN; {way_out}") from None
     except RepositoryNotFoundError:
-        raise UserError(f"{repo}: the hub has no such repository (or it is private: set HF_TOKEN); {ways_on}") from None
-    except Exception as e:  # the client's transport raises many kinds of its own; all mean: no model came
+        raise UserError(f"{repo}: the hub has no such repository (or it is private: set HF_TOKEN); {way_out}") from None
+    except Exception as e:  # the client raises many kinds of exception; each one means that no model arrived
         reason = (str(e).strip().splitlines() or [""])[0]
         raise UserError(f"{repo} is not on this machine and could not be downloaded "
-                        f"({type(e).__name__}: {reason}); {ways_on}") from None
+                        f"({type(e).__name__}: {reason}); {way_out}") from None
 
 
 # ---------------------------------------------------------------------------------------------- the files of a folder
@@ -155,13 +155,16 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model. Pickle is refused: unpickling runs whatever code the file holds."""
+    """The safetensors files of a model. Raises UserError if there are none.
+
+    Pickle files (*.bin, *.pt) are not loaded: unpickling a file runs any code that the file contains.
+    """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) for f in shards.values()):
-            raise UserError(f"{index}: no weight_map in it, from tensors to files")
+            raise UserError(f"{index}: no weight_map from tensor names to files in it")
         return [folder / f for f in sorted(set(shards.values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -169,12 +172,12 @@ def weight_files(folder: Path) -> list[Path]:
                  "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors")
     if pickles := [f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in sorted(folder.glob(pattern))]:
         raise UserError(f"{folder / pickles[0]}: {no_pickle}")
-    # From the hub the folder is without its pytorch_model.bin, which is not downloaded: the way out is the same.
+    # pytorch_model.bin is never downloaded, so a folder from the hub cannot show it. The user converts it the same way.
     raise UserError(f"{folder}: no model.safetensors (nor model.safetensors.index.json) in it; {no_pickle}")
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a cached snapshot has its config and every weight file (a cut-off download leaves some out)."""
+    """Whether a cached snapshot has its config.json and every weight file (an interrupted download lacks some)."""
     if not (folder / "config.json").is_file():
         return False
     try:
@@ -186,7 +189,7 @@ def is_complete(folder: Path) -> bool:
 # ---------------------------------------------------------------------------------------------- name -> config.json
 
 def config_file(name: str) -> Path | None:
-    """config.json in the first three of the places, None if it is in none. Its weights need not be there."""
+    """The model's config.json in the first three places, or None. The weights need not be there. Uses no network."""
     if folder := local_folder(name):
         return folder / "config.json"
     from huggingface_hub import try_to_load_from_cache
@@ -195,5 +198,5 @@ def config_file(name: str) -> Path | None:
 
 
 def known_config(name: str) -> dict | None:
-    """What counts of config.json, from the table above, for a short name or the hub repository of one; else None."""
+    """The config.json from SHORT_NAMES, for a short name or for the hub repository of one; None for other names."""
     return next((config for short, (repo, config) in SHORT_NAMES.items() if name in (short, repo)), None)

@@ -1,19 +1,19 @@
-"""Merging: W + s (B A - B0 A0), a plain model folder again, which needs no adapter and runs as fast as before.
+"""Merging: W + s (B A - B0 A0). The result is a plain model folder. It needs no adapter and runs as fast as before.
 
-W is the weight *as the checkpoint stores it*, whatever bits the adapter was trained over.
+W is the weight *as the checkpoint stores it*, for any --bits that the adapter was trained with.
 
-* Merging into 4-bit codes would round again. The step between two codes is a tenth of the weight, which is more than an
-  adapter adds: the answers would change (peft#2321).
+* Merging into 4-bit codes would round again. The step between two codes is about a tenth of the block's largest weight,
+  which is more than an adapter adds: the answers would change (peft#2321).
 * Merging into W removes the rounding error, which the adapter may have learned to correct. The answers change too, but
   towards the full model. `compare` measures how much.
 
-B0 A0 is where the adapter started (techniques/lora_init.py), 0 for most. pissa: the base was W - s B0 A0, so the sum is the
-model that was trained, up to rounding. loftq: the base was Q(W), and Q(W) + s B0 A0 is close to W: the start stands for a
-rounding error that W does not have.
+B0 A0 is where the adapter started (techniques/lora_init.py). It is 0 for "default". For pissa the base was W - s B0 A0, so
+the sum is the model that was trained, up to rounding. For loftq the base was Q(W), and Q(W) + s B0 A0 is close to W: the
+start corrects a rounding error that W does not have.
 
-The model never exists as a whole. Tensors are read, added to and written in shards of 2 GB. The two models that are
-compared run layer by layer: a layer's weights are read when its turn comes, and dropped after it. LLaMA-7B in float32: 0.81
-GB a layer, 27 GB for the model.
+The model never exists as a whole. Tensors are read, merged and written in shards of 2 GB. The two models that are compared
+run layer by layer: a layer's weights are read before it runs, and dropped after it. LLaMA-7B in float32: 0.81 GB for a
+layer, 27 GB for the model.
 """
 import json
 import sys
@@ -39,7 +39,7 @@ class Merge:
         self.adapters = peft_files.read(self.model, adapter, device="cpu")
         self.init, self.bits = peft_files.trained_with(adapter)
         self.low_bit = weights.low_bit_weights(self.model) if self.bits in (8, 4) else ()
-        # An adapter of the head is no adapter of the embedding: the two are one matrix no longer.
+        # An adapter on the head does not change the embedding. So after merging the two are different matrices.
         self.tied_head = self.model.config.tied_head and self.model.head_name not in self.adapters
         self.shapes = {n: p.shape for n, p in self.model.named_parameters()}
         if not self.tied_head:
@@ -53,7 +53,7 @@ class Merge:
 
     @torch.no_grad()
     def trained(self, name: str) -> torch.Tensor:
-        """The weight that stood there during training, its adapter added, float32."""
+        """The same weight as it was in training (its base rounded to --bits), with its adapter added, float32."""
         W, m = self.stored.read(name), self.adapters.get(name.removesuffix(".weight"))
         if m and peft_files.STARTS[self.init].joined:
             W = W - m.start_delta()
@@ -67,7 +67,7 @@ class Merge:
 
 
 def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in groups of at most `limit` bytes, in order; a larger tensor has one of its own."""
+    """The names in groups of at most `limit` bytes, in order. A larger tensor has a group of its own."""
     groups, left = [], 0
     for name, size in sizes.items():
         if size > left:
@@ -79,7 +79,7 @@ def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def write(merge: Merge, folder: Path, dtype: str) -> int:
-    """The merged weights as Hugging Face files: one, or shards and their index. Returns the bytes of the weights."""
+    """Write the merged weights as Hugging Face files: one, or shards and an index. Returns the bytes of the weights."""
     kind = weights.DTYPES[dtype]
     sizes = {n: shape.numel() * kind.itemsize for n, shape in merge.shapes.items()}
     groups, where = shards(sizes, SHARD), {}
@@ -103,7 +103,7 @@ def write(merge: Merge, folder: Path, dtype: str) -> int:
 def logits(model: nn.Module, ids: torch.Tensor, weight) -> torch.Tensor:
     """ids (T,) -> the logits (T, V) of a model without storage.
 
-    weight(name) -> a tensor, float32. It is called when the layer's turn comes, and its result is dropped after it.
+    weight(name) -> a float32 tensor. It is called just before the layer runs, and its result is dropped afterwards.
     """
     blocks = set(model.blocks)
     inside = {m for b in blocks for m in b.modules()}
@@ -129,7 +129,10 @@ def logits(model: nn.Module, ids: torch.Tensor, weight) -> torch.Tensor:
 
 
 def compare(merge: Merge, folder: Path, ids: list[int]) -> str:
-    """How far the merged model in `folder` is from the trained one on the text `ids`, in a sentence. Float32 arithmetic."""
+    """A sentence: how much the logits of the merged model in `folder` differ from the trained one's on the text `ids`.
+
+    Both models compute in float32.
+    """
     ids = torch.tensor(ids[:merge.model.config.n_positions])
     written = weights.StoredWeights(str(folder))
     before = logits(merge.model, ids, merge.trained)

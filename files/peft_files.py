@@ -4,15 +4,15 @@
     adapter_config.json          r, lora_alpha, the layers' names, ...
     start.safetensors            only after --lora-init loftq: where A and B started
 
-How an adapter started (techniques/lora_init.py) changes what is written and read. s is alpha / r, Q rounds to few bits:
+What is written and read depends on how the adapter started (techniques/lora_init.py). s is alpha / r, Q rounds to few bits:
 
     init       adapter_model.safetensors      base when it is loaded        merging adds to W
     default    B, A                           Q(W)                          s B A
     loftq      B, A                           Q(W), in the same bits        s (B A - B0 A0)    B0, A0: start.safetensors
     pissa      [B, -B0], [A; A0]: rank 2R     Q(W - s B0 A0)                s (B A - B0 A0)    B0, A0: the second halves
 
-So a pissa file says what training added to the *original* weights: any program that knows LoRA can load it. A loftq
-adapter belongs to its quantised base.
+So a pissa file holds what training added to the *original* weights, and any program that knows LoRA can load it. A loftq
+adapter works only on its quantised base.
 """
 import json
 import math
@@ -31,11 +31,11 @@ from techniques import lora_init
 
 @dataclass(frozen=True)
 class Start:
-    """The table above, as far as the files depend on it."""
+    """What one line of the table above means for the files."""
 
-    joined: bool = False  # the start is written into the same file, as a second half of the rank
-    start_file: bool = False  # the start has a file of its own
-    same_bits: bool = False  # the adapter corrects the rounding of one kind of base, and works on no other
+    joined: bool = False  # the start is in the same file, as a second half of the rank
+    start_file: bool = False  # the start is in a file of its own
+    same_bits: bool = False  # the adapter corrects the rounding of one kind of base, and works only on this base
 
 
 STARTS = {"default": Start(), "loftq": Start(start_file=True, same_bits=True), "pissa": Start(joined=True)}
@@ -55,21 +55,21 @@ def save(model: nn.Module, folder):
         elif m.start_A is not None:
             starts |= {f"{key}A.weight": m.start_A, f"{key}B.weight": m.start_B}
         tensors |= {f"{key}A.weight": A, f"{key}B.weight": B}
-        ranks[name] = rank = len(A)  # r times the number of parts, times 2 if joined; alpha grows so that the scale stays
+        ranks[name] = rank = len(A)  # r times the number of parts, times 2 if joined; alpha grows with it: s is the same
         alphas[name] = m.scale * (math.sqrt(rank) if m.rslora else rank)
     first, one = next(iter(adapters.items()))
     r, alpha = ranks[first], alphas[first]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": getattr(model, "source", None),
         "r": r, "lora_alpha": alpha, "lora_dropout": one.dropout,
-        # Layers unlike the first: c_attn's q and v (rank 2r) beside a whole matrix (rank r).
+        # Layers that differ from the first one: c_attn with q and v has rank 2r, a whole matrix has rank r.
         "rank_pattern": {n: rank for n, rank in ranks.items() if rank != r},
         "alpha_pattern": {n: a for n, a in alphas.items() if a != alpha},
         "use_rslora": one.rslora, "target_modules": sorted(adapters), "bias": "none", "modules_to_save": None,
         "fan_in_fan_out": getattr(one.base_layer, "fan_in_fan_out", False), "inference_mode": True,
         "init_lora_weights": True,
     }
-    # PEFT ignores a file's metadata. Here it tells the parts of a fused matrix's adapter, the start, the base's bits.
+    # PEFT ignores a file's metadata. `read` needs it: the parts of a fused matrix, how the adapter started, the base's bits.
     metadata = {"parts": json.dumps({n: m.parts for n, m in adapters.items() if m.parts}), "init": model.lora_init}
     if hasattr(model, "bits"):
         metadata["bits"] = str(model.bits)
@@ -85,15 +85,15 @@ UNSUPPORTED = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_b
 
 
 def rank_and_alpha(config: dict, name: str) -> tuple[int, float]:
-    """Of a layer: adapter_config.json's r and lora_alpha, unless rank_pattern or alpha_pattern names the layer."""
+    """The (rank, alpha) of layer `name`: adapter_config.json's r and lora_alpha, unless its patterns name the layer."""
     def lookup(key, patterns):
         matching = [v for p, v in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({p})$", name)]
-        return matching[0] if matching else config.get(key, 8)  # 8 is PEFT's default for both
+        return matching[0] if matching else config.get(key, 8)  # PEFT's default for both is 8
     return lookup("r", "rank_pattern"), lookup("lora_alpha", "alpha_pattern")
 
 
 def trained_with(folder) -> tuple[str, int | None]:
-    """How an adapter started ("default", "loftq", "pissa"), and over how many bits; None where the file does not say."""
+    """(how an adapter started: "default", "loftq" or "pissa"; the bits of its base, or None if the file does not say)."""
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():  # load() says what is missing
         return "default", None
@@ -103,9 +103,9 @@ def trained_with(folder) -> tuple[str, int | None]:
 
 
 def load(model: nn.Module, folder):
-    """Inject the adapters that `folder` holds (PEFT's layout, written here or by PEFT) and load them. Returns the model.
+    """Put the adapters in `folder` (PEFT's format, written here or by PEFT) on the model's layers. Returns the model.
 
-    Strict both ways: every tensor must find its layer and every layer both of its tensors. Raises UserError.
+    Loading is strict: every tensor must have its layer, and every layer both of its tensors. Raises UserError.
     """
     lora.refuse_adapters(model)
     adapters = read(model, folder)
@@ -123,16 +123,16 @@ def load(model: nn.Module, folder):
 
 
 def restore_base(model: nn.Module, init: str):
-    """The base weights that the model's adapters, read from a file, were trained with. Raises UserError."""
+    """Set the base weights with which the model's adapters were trained. The adapters come from a file. Raises UserError."""
     model.lora_init = init
     if STARTS[init].joined:
         lora_init.restore(lora.adapters(model), init, model.bits, weights.StoredWeights(model.source).read)
 
 
 def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
-    """The adapters in `folder`, checked against the model's layers but not put there: layer name -> LoRALinear.
+    """The adapters in `folder`, checked against the model's layers but not put on them: layer name -> LoRALinear.
 
-    device: where they go (default: where their layers are; a model without storage will do). Raises UserError.
+    The model may be without storage. device: where the adapters go (default: to their layers). Raises UserError.
     """
     folder = Path(folder)
     config, path = weights.read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
@@ -165,7 +165,7 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
             raise UserError(f"{path}: layer {name} has rank {len(a)}, adapter_config.json says {rank}"
                             + (f"; it must be a multiple of {n}" if n > 1 else ""))
         rslora = config.get("use_rslora", False)
-        alpha /= math.sqrt(n) if rslora else n  # as saved, it is for the whole rank
+        alpha /= math.sqrt(n) if rslora else n  # the saved alpha is for the whole rank
         m = lora.LoRALinear(base, rank // n, alpha, config.get("lora_dropout", 0.0), rslora, parts, device)
         if rule.joined:
             (a, a0), (b, b0) = a.chunk(2), b.chunk(2, 1)
@@ -187,15 +187,15 @@ def read_factors(model: nn.Module, path: Path, linears: dict) -> tuple[dict, dic
     with weights.opened(path) as f:
         tensors, metadata = {k: f.get_tensor(k).float() for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (no dict)
     places = {f"base_model.model.{weights.checkpoint_name(model, n)}": n for n in linears}
-    found: dict[str, dict] = {}
+    factors: dict[str, dict] = {}
     for key, tensor in tensors.items():
         layer, _, kind = key.removesuffix(".weight").rpartition(".")
         if kind not in ("lora_A", "lora_B") or layer not in places:
             raise UserError(f"{path}: tensor {key} has no place in this model")
-        found.setdefault(places[layer], {})[kind] = tensor
-    if not found:
+        factors.setdefault(places[layer], {})[kind] = tensor
+    if not factors:
         raise UserError(f"{path}: the adapter is empty")
-    for name, ab in found.items():
+    for name, ab in factors.items():
         base = linears[name]
         if len(ab) != 2:
             raise UserError(f"{path}: layer {name} has {' and '.join(ab)} only")
@@ -203,5 +203,5 @@ def read_factors(model: nn.Module, path: Path, linears: dict) -> tuple[dict, dic
         if a.dim() != 2 or b.shape != (base.out_features, len(a)) or a.shape[1] != base.in_features:
             raise UserError(f"{path}: layer {name} is ({base.out_features}, {base.in_features}), "
                             f"its adapter B {list(b.shape)}, A {list(a.shape)}")
-        found[name] = a, b
-    return found, metadata
+        factors[name] = a, b
+    return factors, metadata

@@ -1,13 +1,13 @@
-"""Text to token ids and back, whichever file the checkpoint brings. No network.
+"""Text to token ids and back, with the tokenizer files that the checkpoint has. The first of these three is used:
 
-    tokenizer.json              the `tokenizers` library                   (most of today's checkpoints)
-    tokenizer.model             sentencepiece (LLaMA 1, 2) or tiktoken (Llama 3's original file)
-    vocab.json + merges.txt     tiktoken                                   (GPT-2, and the bundled gpt2-nano; Phi, whose
-                                added_tokens.json adds tokens for runs of spaces and tabs)
+    tokenizer.json              the `tokenizers` library                                        most checkpoints today
+    tokenizer.model             sentencepiece, or tiktoken for Llama 3's original file          LLaMA 1 and 2, Llama 3
+    vocab.json + merges.txt     tiktoken; added_tokens.json may add tokens (Phi: for            GPT-2, gpt2-nano, Phi
+                                several spaces or tabs)
 
-Special tokens come from one place. `encode` adds none of its own and reads "<|endoftext|>" in somebody's text as plain
-characters; only what a template writes is encoded with specials=True. (Two BOS tokens in front, one from the template and
-one from the tokenizer, train a model that nobody ever prompts that way again.)
+`encode` adds no special tokens, and by default it reads "<|endoftext|>" in a text as plain characters. The template writes
+the special tokens, and only its text is encoded with specials=True. (For plain text, data.py adds them.) If the template and
+the tokenizer both added a BOS token, the model would be trained on prompts with two of them, which no other program uses.
 """
 import base64
 import re
@@ -23,7 +23,12 @@ LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
 
 
 class Tokenizer:
-    """`encode(text) -> ids`, `decode(ids) -> text`, `eos_id`; `chat_template`, the checkpoint's own jinja or None."""
+    """`encode(text) -> ids`, `decode(ids) -> text`, and what the checkpoint says about its special tokens.
+
+    specials: name -> id. eos, eos_id: the end-of-text token. stop_ids: the ids that end a generation. bos: a name or None;
+    adds_bos: whether texts start with it. chat_template: the checkpoint's own jinja template, or None.
+    Raises UserError if the folder has no tokenizer, a damaged one, or no end-of-text token.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -32,12 +37,12 @@ class Tokenizer:
             if (folder / f).is_file():
                 meta.update({k: v for k, v in hub.read_json(folder / f).items() if v is not None})
         self.specials: dict[str, int] = {}
-        self.bos = self.eos_id = None  # some files name their own; tokenizer_config.json goes before
+        self.bos = self.eos_id = None  # the tokenizer's file may set them; tokenizer_config.json takes precedence
         if (folder / "tokenizer.json").is_file():
             self._from_tokenizers(folder / "tokenizer.json")
         elif (folder / "tokenizer.model").is_file():
             data = (folder / "tokenizer.model").read_bytes()
-            if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", data):  # Llama 3: lines of base64 and rank
+            if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", data):  # Llama 3: each line is a token in base64 and its rank
                 self._from_tiktoken(data)
             else:
                 self._from_sentencepiece(folder / "tokenizer.model")
@@ -55,15 +60,16 @@ class Tokenizer:
         self.eos = eos or names.get(self.eos_id) or self.decode([self.eos_id])
         self.adds_bos = bool(meta.get("add_bos_token", self.adds_bos)) and bool(self.bos)
         self.chat_template = self._read_template(folder, meta)
-        # Does the tokenizer put a space before every text (LLaMA 1 and 2)? Then a piece that continues must drop it.
-        self._marker = self._encode("\n", False) if self._encode("a", False) != self._encode("\na", False)[-1:] else None
+        # LLaMA 1 and 2 put a space before every text, so "a" alone is another token than "a" after a newline. Then `encode`
+        # needs the tokens of a newline: see `continued` there.
+        self._newline = self._encode("\n", False) if self._encode("a", False) != self._encode("\na", False)[-1:] else None
 
     @staticmethod
     def _token_text(token):
         return token.get("content") if isinstance(token, dict) else token
 
     def _ids_from_config(self, folder: Path):
-        """The ids that end a generation: the tokenizer's, and those that config.json and generation_config.json add."""
+        """Set stop_ids from the tokenizer, generation_config.json and config.json; set eos_id if the tokenizer has none."""
         self.stop_ids = set()
         for f in ("generation_config.json", "config.json"):
             if (folder / f).is_file():
@@ -80,7 +86,7 @@ class Tokenizer:
         if (folder / "chat_template.jinja").is_file():
             return (folder / "chat_template.jinja").read_text(encoding="utf-8")
         template = meta.get("chat_template")
-        if isinstance(template, list):  # several, by name
+        if isinstance(template, list):  # several templates, each with a name
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
         return template
 
@@ -88,14 +94,14 @@ class Tokenizer:
         import tokenizers
         try:
             tok = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the library raises bare Exception
+        except Exception as e:  # the library raises plain Exception
             raise UserError(f"{path}: not a readable tokenizer ({e})") from None
-        tok.no_truncation()  # the file may have kept those of somebody's training run
+        tok.no_truncation()  # the file may contain the settings of an earlier training run
         tok.no_padding()
         self.specials = {t.content: i for i, t in tok.get_added_tokens_decoder().items() if t.special}
 
         def encode(text, specials):
-            tok.encode_special_tokens = not specials  # the library's name for "specials as ordinary text"
+            tok.encode_special_tokens = not specials  # True: the library encodes names of specials as ordinary text
             return tok.encode(text, add_special_tokens=False).ids
         self._encode, self.decode = encode, lambda ids: tok.decode(list(ids), skip_special_tokens=False)
         added = tok.encode("", add_special_tokens=True).tokens
@@ -103,19 +109,19 @@ class Tokenizer:
         self.vocab_size = tok.get_vocab_size()
 
     def _from_bpe(self, ranks: dict, split: str, added: dict | None = None):
-        """added: tokens that text becomes wherever it holds them, before any merge: {"    ": 50284}."""
+        """added: {text: id}, such as {"    ": 50284}. This text becomes this token everywhere, before any merge."""
         import tiktoken
         ids = {**self.specials, **(added or {})}
         bpe = tiktoken.Encoding(self.folder.name, pat_str=split, mergeable_ranks=ranks, special_tokens=ids)
 
-        def one_of(tokens):  # the longest first: ten spaces are the token of ten, not five of two
+        def any_of(tokens):  # the longest first, so that ten spaces are one token of ten, not five tokens of two
             return re.compile("(" + ("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)") + ")")
-        marks = {True: one_of(ids), False: one_of(added or {})}
+        marks = {True: any_of(ids), False: any_of(added or {})}
 
-        def encode(text, specials):  # split puts the marks at the odd places
+        def encode(text, specials):  # split returns text, mark, text, ...: the marks are at the odd places
             return [i for n, s in enumerate(marks[specials].split(text))
                     for i in ([ids[s]] if n % 2 else bpe.encode_ordinary(s))]
-        # A model may have more rows than there are tokens (Phi-2: 51,200 for 50,295) and sample one: it says nothing.
+        # A model may have more rows than there are tokens, and sample one (Phi-2: 51,200 rows, 50,295 tokens): no text.
         self._encode, self.decode = encode, lambda ids: bpe.decode([i for i in ids if i < bpe.n_vocab])
         self.vocab_size = bpe.n_vocab
 
@@ -130,17 +136,17 @@ class Tokenizer:
 
     def _from_gpt2(self, folder: Path, meta: dict):
         vocab = hub.read_json(folder / "vocab.json")
-        # vocab.json writes bytes as printable characters (GPT-2's bytes_to_unicode): undo it.
+        # vocab.json writes each byte as a printable character (GPT-2's bytes_to_unicode). byte_of is the way back.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
         byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-        # tiktoken merges by rank = id: right only if the ids follow the order of merges.txt, as GPT-2's do.
+        # tiktoken takes a token's id as the rank of its merge: the ids must follow the order of merges.txt, as GPT-2's do.
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [m.replace(" ", "", 1) for m in lines if m and not m.startswith("#version")]
         merged = [vocab.get(m) for m in merges]
         if None in merged or merged != sorted(merged):
             raise UserError(f"{folder / 'merges.txt'}: does not match vocab.json's order; bring a tokenizer.json instead")
-        # Neither a byte nor a merge: no text can become it, so it is special ("<|endoftext|>", others' "</s>").
+        # No text can become a token that is neither a byte nor a merge: so it is special ("<|endoftext|>", "</s>").
         plain = {*byte_of, *merges}
         self.specials = {token: i for token, i in vocab.items() if token not in plain}
         ranks = {bytes(byte_of[ch] for ch in token): i for token, i in vocab.items() if token not in self.specials}
@@ -148,7 +154,8 @@ class Tokenizer:
         self.adds_bos = False
 
     def _added_tokens(self, folder: Path, vocab: dict, meta: dict) -> dict[str, int]:
-        """added_tokens.json without what tokenizer_config.json calls special, which joins self.specials."""
+        """The ordinary tokens of added_tokens.json: {text: id}. Those that tokenizer_config.json calls special go to
+        self.specials instead. Raises UserError for two tokens with one id and for options that only a tokenizer.json has."""
         path = folder / "added_tokens.json"
         added = hub.read_json(path) if path.is_file() else {}
         owner = {i: token for token, i in vocab.items()}
@@ -179,7 +186,7 @@ class Tokenizer:
                 return sp.encode(text)
             return [i for s in marks.split(text) if s for i in ([self.specials[s]] if s in self.specials else sp.encode(s))]
 
-        def decode(ids):  # sentencepiece's own leaves special tokens out
+        def decode(ids):  # sentencepiece's own decode leaves special tokens out
             runs = groupby(map(int, ids), names.__contains__)
             return "".join("".join(names[i] for i in run) if special else sp.decode(list(run)) for special, run in runs)
         names = {i: s for s, i in self.specials.items()}
@@ -189,10 +196,13 @@ class Tokenizer:
         self.adds_bos, self.vocab_size = True, sp.get_piece_size()
 
     def encode(self, text: str, specials: bool = False, continued: bool = False) -> list[int]:
-        """specials: names of special tokens in `text` mean the tokens. continued: `text` goes on where another piece
-        ended, so the space that LLaMA 1 and 2 put in front of every text has no place."""
-        if continued and self._marker is not None and text:
-            return self._encode("\n" + text, specials)[len(self._marker):]  # a newline never merges with what follows
+        """text -> ids. specials: a special token's name in `text` becomes this token, not characters.
+
+        continued: `text` continues another piece of text. So it must not get the space that LLaMA 1 and 2 put before every
+        text: it is encoded after a newline, whose tokens are then removed. (A newline never merges with what follows.)
+        """
+        if continued and self._newline is not None and text:
+            return self._encode("\n" + text, specials)[len(self._newline):]
         return self._encode(text, specials)
 
 
@@ -201,5 +211,5 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model: a short name, org/name or a folder."""
+    """The tokenizer of a model. name: a short name, org/name or a folder."""
     return Tokenizer(hub.find(str(name)))

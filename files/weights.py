@@ -1,11 +1,12 @@
 """From a folder to a loaded model, and back: config.json -> the model's class -> safetensors, tensor by tensor.
 
-Which folder a name stands for, and what is in it, is told in hub.py.
+hub.py finds the folder that belongs to a name.
 
-Loading is strict both ways: a tensor that is missing, unexpected or of another shape stops the run. (`strict=False` is
-how a LoRA run silently starts from random weights.) And it is small: the model is built on the "meta" device, without
-storage, then each tensor is read, cast and dropped in its place. LLaMA-7B in 16 bit peaks at its 13.5 GB + one tensor,
-where building it in float32 and calling load_state_dict would take 27 + 13.5 GB.
+* Loading is strict. A tensor that is missing, unexpected or of another shape stops the run. (With `strict=False` a LoRA
+  run can start from random weights, and nobody notices.)
+* Loading needs little memory. The model is built on the "meta" device, without storage. Then each tensor is read, cast
+  and put in its place. LLaMA-7B in 16 bit peaks at its 13.5 GB + one tensor. A model built in float32 that then calls
+  load_state_dict would need 27 + 13.5 GB.
 """
 import contextlib
 import json
@@ -31,30 +32,38 @@ from techniques.device import device_of
 
 # Adding a model family
 #
-# 1. One file at the root, from ids to logits, with `Config` and a model class; llama.py is the one to copy. They offer:
+# 1. Write one file at the root, from token ids to logits. Start with a copy of llama.py. The file imports from techniques/
+#    only, and no other model file. It has two classes:
 #
-#      Config             a dataclass with the field names of the other families
-#      Config.from_json   config.json's dict -> Config; raises ValueError for any option that the file does not implement
-#      attribute names    the checkpoint's own, so that loading needs no table; `prefix` is what some files put in front
-#      head_name, head    the name of the output projection, and the module
-#      blocks             the list of layers
-#      default_targets    the linear layers that carry an adapter unless --lora-targets says otherwise
-#      tie()              shares the embedding with the head where config.tied_head says so
-#      hidden(ids, positions, segments, cache)   (B, T) -> (B, T, C), up to the final norm. Layer i is recomputed when
-#                         (i + 1) % ckpt_every == 0; ckpt_offload says where its input waits
-#      forward            head(hidden(...)): the logits (B, T, V). No loss, no optimizer, no sampling
-#      parts, fan_in_fan_out   on a linear layer that holds several matrices, or its weight transposed (gpt2.py)
-#
-#    A model file imports techniques only, and no other model file.
-# 2. A line in FAMILIES; the names of the matrices that write into the residual stream in WRITES; its short names and
-#    what counts of their config.json in hub.py.
-# 3. Tests: a tiny config.json in tests/conftest.py, and the family's name in the lists of tests/test_models.py (logits,
-#    cache, packing against transformers), test_lora.py, test_quant.py, test_predict.py.
+#    Config, a dataclass. The rest of the program reads its n_layer, n_embd, n_positions and tied_head.
+#      from_json(dict)     config.json -> Config. Raises ValueError for any option that the file does not implement
+#    The model, an nn.Module that is made from a Config.
+#      config, ckpt_every, ckpt_offload   set by __init__: the Config, 0 and False
+#      parameter names     those of the checkpoint, so that loading needs no table of names
+#      prefix              what some checkpoints write before every name but the head's: "transformer." in GPT-2; else ""
+#      head_name, head     the name of the output projection (a linear layer), and the layer itself
+#      blocks              the nn.ModuleList of the layers
+#      default_targets     names of the linear layers that get an adapter, unless --lora-targets names others
+#      tie()               if config.tied_head, make the head's weight the embedding's. __init__ and `load` below call it
+#      hidden(ids, positions=None, segments=None, cache=None)   ids (B, T) -> (B, T, C), the output of the final norm.
+#                          Layer i runs through `recompute` while gradients are on and (i + 1) % ckpt_every is 0 (never if
+#                          ckpt_every is 0); ckpt_offload says whether its input waits in host memory. With a cache
+#                          (generate.py), each attention calls cache.extend(layer, k, v)
+#      forward(the same)   head(hidden(...)), the logits (B, T, V). No loss, no optimizer, no sampling
+#    A linear layer is a module with in_features, out_features, weight and bias (or None). It may also have
+#      parts               the rows of the matrices that it joins: {"q": C, "k": C, "v": C} in GPT-2's c_attn
+#      fan_in_fan_out      True if the checkpoint stores its weight as (in, out) (GPT-2's Conv1D)
+# 2. Below: a line in FAMILIES. If they are new, the names in WRITES and NOT_WEIGHTS.
+#    hub.py: the short names (if there are any), each with the part of its config.json that the model depends on.
+#    bench/__main__.py and bench/transformers_peft.py: the names of Q and V, if they are not q_proj and v_proj.
+# 3. Tests: a tiny config.json in tests/conftest.py; the file in MODELS of test_imports.py; logits against transformers in
+#    test_models.py (`build`, `reference` and the cases); each short name in KNOWN of test_hub.py; the message in
+#    test_weights.py that lists the families. `grep '"phi"' tests/*.py` finds the lists of families in the other tests.
 FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama),  # by config.json's model_type
             "phi": (phi.Config, phi.Phi)}
-# Checkpoint entries that are not weights: masks and frequencies that old files carry along.
+# Checkpoint entries that are not weights: masks and rotary frequencies that older files store.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-# The matrices that write into the residual stream.
+# The matrices that write into the residual stream: `from_scratch` makes them smaller.
 WRITES = ("c_proj.weight", "o_proj.weight", "down_proj.weight", "dense.weight", "fc2.weight")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -72,32 +81,32 @@ def read_config(folder: Path):
     """config.json -> (Config, model class, the raw dict)."""
     path = Path(folder) / "config.json"
     raw = read_json(path)
-    if (kind := raw.get("model_type")) not in FAMILIES:
+    if (kind := str(raw.get("model_type"))) not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not supported (only {', '.join(FAMILIES)})")
     try:
         return *config_from(raw), raw
     except KeyError as e:
         raise UserError(f"{path}: key {e} is missing") from None
-    except (ValueError, TypeError, ZeroDivisionError) as e:  # the last two: values that make no sense
+    except (ValueError, TypeError, ZeroDivisionError) as e:  # the last two: text for a number, 0 heads
         raise UserError(f"{path}: {e}") from None
 
 
 def config_of(name: str):
-    """(Config, model class, the raw dict) of a model whose weights need not be on this machine. No network is used.
+    """(Config, model class, the raw dict) of a model whose weights need not be on this machine. Uses no network.
 
-    What is on disk comes before what hub.py knows of the short names. Raises UserError where there is neither.
+    A config.json on this machine comes first, then hub.SHORT_NAMES. Raises UserError if neither has the model.
     """
     if path := hub.config_file(str(name)):
         return read_config(path.parent)
     if not (raw := hub.known_config(str(name))):
-        raise UserError(f"{name} is not on this machine. Its config.json alone would do, without the weights: give a folder "
+        raise UserError(f"{name} is not on this machine. Its config.json is enough, without the weights: give a folder "
                         f"that has it, or one of the short names ({', '.join(['gpt2-nano', *hub.SHORT_NAMES])})")
     return *config_from(raw), raw
 
 
 class NoInit(TorchFunctionMode):
-    """Layers are made without their random start, which nobody would see. On the "meta" device it would be worse than
-    idle: `normal_` of a tensor without storage imports PyTorch's compiler, 72 MB and 2 seconds."""
+    """Skips the random initialisation of layers, which the loaded weights would replace. On the "meta" device it also costs
+    memory: `normal_` of a tensor without storage imports PyTorch's compiler, 72 MB and 2 seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) != "torch.nn.init":
@@ -105,17 +114,17 @@ class NoInit(TorchFunctionMode):
 
 
 def without_storage(model_class, config) -> nn.Module:
-    """The model with its shapes on the "meta" device: no storage, no random start."""
+    """The model on the "meta" device: it has shapes, but no storage and no random initialisation."""
     with torch.device("meta"), NoInit():
         return model_class(config)
 
 
 def stored_bits(folder: Path) -> int | None:
-    """8 or 4 for a checkpoint that transformers wrote with bitsandbytes, None for a plain one. Others raise UserError."""
+    """8 or 4 for a checkpoint that transformers wrote with bitsandbytes, None for a plain one. Else raises UserError."""
     path = Path(folder) / "config.json"
     if not (q := read_json(path).get("quantization_config")):
         return None
-    kind = str(q.get("quant_method", "bitsandbytes"))  # older files do not say
+    kind = str(q.get("quant_method", "bitsandbytes"))  # older files do not have this key
     if kind == "bitsandbytes" and q.get("load_in_8bit"):
         return 8
     if kind == "bitsandbytes":
@@ -124,15 +133,16 @@ def stored_bits(folder: Path) -> int | None:
             return 4
         kind += f" stored as {q.get('bnb_4bit_quant_storage', 'uint8')}"
     raise UserError(f"{path}: the weights are quantised ({kind}); of such checkpoints only bitsandbytes' nf4 and int8 are "
-                    f"supported. Take the 16-bit one and quantise it with --bits 4")
+                    f"supported. Take the 16-bit checkpoint and quantise it with --bits 4")
 
 
 def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     """A model with its pretrained weights. name: short name, org/name or folder.
 
-    bits: 32 (float32), 16, or 8 or 4 for the linear layers' weights, the rest in 16. Each tensor is quantised, as the file
-    has it, when it arrives: nothing ever holds the model in 16 bit, nor does a GPU ever see a 16-bit layer.
-    Raises UserError, naming the file and the tensor, for anything that is not exactly this model's set of weights.
+    bits: 32 (float32) or 16. Or 8 or 4: the linear layers but the head have weights in 8 or 4 bits, all else is in 16 bit.
+    Such a weight is quantised on the CPU as soon as it is read, directly from its type in the file. So the whole model never
+    exists in 16 bit, and this weight never reaches the GPU in 16 bit.
+    Raises UserError, with the file and the tensor, unless the files hold exactly the weights of this model.
     """
     if bits not in (32, 16, 8, 4):
         raise UserError(f"--bits {bits}: only 32, 16, 8 and 4")
@@ -148,24 +158,24 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     head, head_weight, used = None, f"{model.head_name}.weight", set()
     for n, (path, key, shape) in places(model, folder, files, stored).items():
         tensor = read_tensor(path, key)
-        coded = stored and n in low_bit and not tensor.is_floating_point()
-        if not coded:
+        is_codes = stored and n in low_bit and not tensor.is_floating_point()
+        if not is_codes:
             check_tensor(tensor, path, key, shape)
-        if n == head_weight and config.tied_head:  # some files store the tied matrix twice; it must be the same one
+        if n == head_weight and config.tied_head:  # some files store the tied matrix twice; both must be equal
             head = tensor.to(device, dtype)
-        elif coded or bits < 16 and not stored and n in low_bit:
+        elif is_codes or bits < 16 and not stored and n in low_bit:
             owner, _, leaf = n.removesuffix(".weight").rpartition(".")
-            like = model.get_submodule(owner).get_submodule(leaf)
+            linear = model.get_submodule(owner).get_submodule(leaf)
             try:
-                if coded:
+                if is_codes:
                     parts = {k: read_tensor(f, k) for k, f in files.items() if quant.belongs_to(k) == key}
                     used |= parts.keys()
-                    layer = quant.from_checkpoint(like, tensor, {k.rpartition(".")[2]: t for k, t in parts.items()})
+                    layer = quant.from_checkpoint(linear, tensor, {k.rpartition(".")[2]: t for k, t in parts.items()})
                 else:
-                    layer = quant.quantize(like, tensor, bits)
+                    layer = quant.quantize(linear, tensor, bits)
             except ValueError as e:
                 raise UserError(f"{path}: tensor {key}: {e}") from None
-            bias, layer.bias = layer.bias, None  # which a later shard may hold: then it is on "meta" still
+            bias, layer.bias = layer.bias, None  # if it is read later, it is still on "meta", where .to(device) would fail
             setattr(model.get_submodule(owner), leaf, layer.to(device))
             layer.bias = bias
         else:
@@ -177,19 +187,20 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     if head is not None and not torch.equal(head, model.head.weight):
         raise UserError(f"{folder}: {head_weight} differs from the embedding, but config.json ties them; "
                         f"set \"tie_word_embeddings\": false in it")
-    model.source, model.bits = str(name), bits  # an adapter's files record them
+    model.source, model.bits = str(name), bits  # the files of an adapter record both
     return model
 
 
 def low_bit_weights(model: nn.Module) -> set[str]:
-    """What 8 and 4 bits are for: the weights of all linear layers but the head."""
+    """Names of the weights that --bits 8 and 4 quantise: those of all linear layers but the head."""
     return {f"{n}.weight" for n, m in model.named_modules() if hasattr(m, "in_features") and n != model.head_name}
 
 
 def places(model: nn.Module, folder: Path, files: dict, stored: int | None) -> dict[str, tuple[Path, str, torch.Size]]:
-    """Where each weight of `model` is: its name -> (file, its name there, shape). files: tensor name there -> file.
+    """Where to read each weight of `model`: its name in the model -> (file, its name in the file, shape).
 
-    A tied head is listed as the embedding, and as the head too if the file has it. Raises UserError: missing, unexpected.
+    files: name in the file -> file. A tied head is listed as the embedding, and also as the head if the file has both.
+    Raises UserError for a weight that is missing and for a tensor that is unexpected.
     """
     expected = {n: p.shape for n, p in model.named_parameters()}  # a tied head is listed once, as the embedding
     where = {}
@@ -211,13 +222,13 @@ def check_tensor(tensor: torch.Tensor, path: Path, key: str, shape: torch.Size):
     if tensor.shape != shape:
         raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
     if not tensor.is_floating_point():
-        raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; quantised how? config.json does not say")
+        raise UserError(f"{path}: tensor {key} holds {tensor.dtype}, and config.json does not say how it is quantised")
 
 
 class StoredWeights:
-    """A model's weights as they were before any rounding to fewer bits, read one at a time and not kept.
+    """A model's weights as the checkpoint stores them, before --bits rounds them. `read` reads one and does not keep it.
 
-    `model` has their shapes and no storage. Raises UserError for a checkpoint that is quantised: they are not in it.
+    `model` has their shapes and no storage. Raises UserError for a quantised checkpoint: it has only rounded weights.
     """
 
     def __init__(self, name: str):
@@ -233,7 +244,7 @@ class StoredWeights:
         self.head = next(n for n, p in self.model.named_parameters() if p is head)  # the embedding, if they are tied
 
     def read(self, name: str) -> torch.Tensor:
-        """A parameter by its name in the model, float32, laid out as in the file (Conv1D's transposed)."""
+        """A parameter by its name in the model, in float32. The layout is the file's (Conv1D: (in, out))."""
         path, key, shape = self.places[self.head if name == f"{self.model.head_name}.weight" else name]
         tensor = read_tensor(path, key)
         check_tensor(tensor, path, key, shape)
@@ -246,7 +257,7 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def read_tensor(path: Path, key: str) -> torch.Tensor:
-    """One tensor. The file is opened anew each time: pages of an open memory map count as this process's memory."""
+    """One tensor. The file is opened for each tensor: the pages of a memory map count in the RSS until it is closed."""
     with opened(path) as f:
         return f.get_tensor(key).clone()
 
@@ -268,10 +279,10 @@ def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor):
 
 
 def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
-    """A model with random float32 weights (GPT-2 paper, section 2.3): only config.json of `name` is read.
+    """A model with random float32 weights (GPT-2 paper, section 2.3). Only config.json of `name` is read.
 
-    Matrices N(0, 0.02), those that write into the residual stream divided by sqrt(2 n_layer), so that the sum of
-    2 n_layer such writes keeps its size; norm weights 1, biases 0.
+    Matrices are drawn from N(0, 0.02). Those that write into the residual stream are divided by sqrt(2 n_layer), so that
+    the sum of 2 n_layer such writes has the size of one. Norm weights are 1, biases 0.
     """
     config, model_class, _ = read_config(find(str(name)))
     model = without_storage(model_class, config)
@@ -279,8 +290,8 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
     for n, p in list(model.named_parameters()):
         t = torch.zeros(p.shape)
         if p.dim() == 2:
-            writes = n.endswith(WRITES)
-            t.normal_(0.0, 0.02 / ((2 * config.n_layer) ** 0.5 if writes else 1), generator=rng)
+            is_write = n.endswith(WRITES)
+            t.normal_(0.0, 0.02 / ((2 * config.n_layer) ** 0.5 if is_write else 1), generator=rng)
         elif n.endswith("weight"):
             t.fill_(1.0)
         set_parameter(model, n, t.to(device))
@@ -293,8 +304,10 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`; rename it to `path` when all went well, so that a reader (or a run that is
-    killed, or a full disk) never meets half a file."""
+    """Yield a temporary name beside `path`. At the end, rename that file to `path`.
+
+    So `path` is always a whole file, even if the run is killed or the disk is full. Raises UserError if writing fails.
+    """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -304,7 +317,7 @@ def atomic(path):
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: could not be written ({e}); what was there before is untouched") from None
     finally:
-        with contextlib.suppress(OSError):  # where the folder itself could not be made, there is nothing to remove
+        with contextlib.suppress(OSError):  # there is nothing to remove if the folder could not be made
             tmp.unlink()
 
 
@@ -319,7 +332,7 @@ def write_tensors(path, tensors: dict, metadata: dict | None = None):
 
 
 def checkpoint_name(model: nn.Module, name: str) -> str:
-    """A module's name as Hugging Face files and PEFT adapters spell it: GPT-2's carry `transformer.` in front."""
+    """The name of a module or parameter in Hugging Face's files and PEFT's adapters: GPT-2's begin with `transformer.`"""
     return name if name.startswith(model.head_name) else model.prefix + name
 
 
@@ -327,9 +340,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def save(model: nn.Module, folder, dtype: str = "float32", params: dict | None = None):
-    """Write a model as a Hugging Face folder: model.safetensors, config.json, and its source's tokenizer files.
+    """Write a model as a Hugging Face folder: model.safetensors, config.json and the tokenizer files of its source.
 
-    params: {name: tensor} to write instead of the model's own parameters (the float32 masters of 16-bit weights)."""
+    params: {name: tensor} to write instead of the model's own parameters (the float32 masters of 16-bit weights).
+    """
     folder, params = Path(folder), params or dict(model.named_parameters())
     tensors = {checkpoint_name(model, n): p.detach().to("cpu", DTYPES[dtype]) for n, p in params.items()}
     write_tensors(folder / "model.safetensors", tensors)
@@ -337,7 +351,7 @@ def save(model: nn.Module, folder, dtype: str = "float32", params: dict | None =
 
 
 def save_about(folder: Path, source: Path, dtype: str, tied_head: bool):
-    """What a model folder has beside its weights: config.json and `source`'s tokenizer files, unless it has its own."""
+    """Write the other files of a model folder: config.json, and `source`'s tokenizer files that are not there yet."""
     raw = read_json(source / "config.json")
     raw.pop("torch_dtype", None)
     raw.update(dtype=dtype, tie_word_embeddings=tied_head)
@@ -350,7 +364,8 @@ def save_about(folder: Path, source: Path, dtype: str, tied_head: bool):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """A temporary folder that becomes `path` in one rename, or vanishes. `path` must not exist yet."""
+    """Yield a temporary folder. At the end, rename it to `path`, which may exist only as an empty folder; after an error,
+    remove it. Raises UserError."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not empty; choose another folder")

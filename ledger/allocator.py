@@ -1,18 +1,21 @@
-"""What a card needs for tensors: PyTorch's caching allocator, in its outlines, fed with the ledger's births and deaths.
+"""How much GPU memory the tensors need: a model of PyTorch's caching allocator, which replays the ledger's events.
 
-`max_memory_allocated` is more than the sum of the tensors, and what the card must have, `max_memory_reserved`, is more.
-CUDA's own malloc is slow, so PyTorch takes large slabs from it (it calls them segments) and cuts them into blocks
-(c10/cuda/CUDACachingAllocator.cpp):
+A GPU needs more than the bytes of its tensors. `max_memory_allocated` counts the blocks that hold them, which is more.
+`max_memory_reserved` counts all that PyTorch has taken from the GPU, which is more again, and which must fit.
+CUDA's own malloc is slow. So PyTorch takes large slabs from it (PyTorch's name for a slab is "segment") and cuts them into
+blocks. The rules, from c10/cuda/CUDACachingAllocator.cpp:
 
-    a request     is rounded up to 512 bytes; up to 1 MiB it is "small", and small and large blocks never share a slab
-    a free block  serves it if it is large enough: the smallest such one
-    otherwise     a new slab: 2 MiB for small ones, 20 MiB below 10 MiB, else the request rounded up to 2 MiB
-    the rest      of the block stays free, if it is worth it: 512 bytes of a small one, more than 1 MiB of a large one
-                  (else the whole block counts as allocated: up to 1 MiB a tensor that nobody asked for)
-    a dead block  joins its free neighbours in the slab; slabs are not given back
+    request     Its size is rounded up to a multiple of 512 bytes. Up to 1 MiB it is "small". Small and large blocks never
+                share a slab.
+    free block  The smallest free block that is large enough serves the request.
+    new slab    If there is none, PyTorch takes a slab: 2 MiB for a small request, 20 MiB for a large one below 10 MiB, else
+                the request rounded up to a multiple of 2 MiB.
+    rest        The rest of the block becomes a free block: in a small one if it has 512 bytes, in a large one if it has
+                more than 1 MiB. A smaller rest stays in the block and counts as allocated: up to 1 MiB too much a tensor.
+    release     A released block joins its free neighbours in the slab. Slabs are not given back.
 
-Worked example: 3 tensors of 7 MiB. The first takes a slab of 20 MiB and leaves 13, the second leaves 6; the third needs a
-slab of its own. Allocated 21 MiB, reserved 40. What is reserved and not allocated is fragmentation.
+Worked example: three tensors of 7 MiB. The first takes a slab of 20 MiB and leaves 13 MiB. The second leaves 6 MiB, so the
+third needs a slab of its own. Allocated: 21 MiB. Reserved: 40 MiB. The difference is fragmentation.
 """
 from bisect import bisect_left, insort
 
@@ -20,18 +23,21 @@ MiB = 2**20
 
 
 class Block:
+    """A piece of a slab. `before` and `after`: its neighbours in the slab, or None at an end."""
+
     def __init__(self, size: int, before=None, after=None):
         self.size, self.before, self.after, self.free = size, before, after, True
 
 
 class CachingAllocator:
-    """`allocated` and `reserved` bytes now, `allocated_peak` and `reserved_peak` (equal to `reserved`) so far."""
+    """`allocated` and `reserved`: bytes now. `allocated_peak`: the largest so far; `reserved` is its own peak."""
 
     def __init__(self):
-        self.pools: dict[bool, list] = {True: [], False: []}  # small or not: (size, age, free block), sorted
+        self.pools: dict[bool, list] = {True: [], False: []}  # the free blocks, small or not: (size, age, block), sorted
         self.allocated = self.allocated_peak = self.reserved = self.age = 0
 
     def allocate(self, size: int) -> tuple[Block, bool]:
+        """Serve a request of `size` bytes -> (its block, whether the block is small); `release` takes both."""
         size = max(512, -(-size // 512) * 512)
         small = size <= MiB
         pool = self.pools[small]
@@ -68,12 +74,13 @@ class CachingAllocator:
         return first
 
     def put(self, block: Block, small: bool):
+        """Put a free block into its pool. Of blocks of one size the oldest is used first."""
         self.age += 1
         insort(self.pools[small], (block.size, self.age, block))
 
 
 def replay(events: list[int], sizes: list[int]) -> CachingAllocator:
-    """A Ledger's events and sizes, through the allocator."""
+    """The allocator after a Ledger's `events` (births and deaths) of tensors with these `sizes` in bytes."""
     cache, blocks = CachingAllocator(), {}
     for n in events:
         if n >= 0 and sizes[n]:  # an empty tensor takes nothing

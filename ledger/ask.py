@@ -1,7 +1,7 @@
 """Ask for the peak of a run before it runs. The answer comes from predict.py, a process of its own.
 
-That process imports PyTorch's compiler (72 MB, 2 seconds), which a training run has no other use for. It starts in some 3
-seconds, while the run loads its weights, and answers as many questions as are asked: `--fit` asks some fifteen.
+That process imports PyTorch's compiler (72 MB, 2 seconds), which a training run does not need. It starts in about 3 seconds,
+while the run loads its weights. It answers any number of questions: `--fit` asks about fifteen.
 
 A question is a line of JSON: the options, the model's config.json, and the lengths of the examples in the steps that can
 make the peak. An answer is a line of JSON too:
@@ -31,10 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Predictor:
-    """The prediction's process. Use it as a context manager, or let it end with its last answer."""
+    """The prediction's process. Use it as a context manager, or call `close` after the last answer."""
 
     def __init__(self):
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (what the process says; it closes with this object)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (the process's stderr; it closes with this object)
         self.process, self.reason = None, ""
         try:
             self.process = subprocess.Popen(
@@ -44,7 +44,7 @@ class Predictor:
             self.reason = str(e)
 
     def ask(self, cfg: TrainConfig, steps: list) -> "Predictor":
-        """steps: see `examples_of`."""
+        """Ask for the peak of cfg's run. steps: what `examples_of` returns. Does not wait for the answer."""
         _, _, raw_config = weights.config_of(cfg.model)
         question = {"options": dataclasses.asdict(cfg), "config": raw_config, "steps": steps}
         with contextlib.suppress(OSError):  # the process has died: answer() says why
@@ -54,7 +54,7 @@ class Predictor:
         return self
 
     def answer(self) -> dict:
-        """To the question that was asked first among those without an answer."""
+        """The answer to the oldest question that has none yet. Waits for it."""
         line = self.process.stdout.readline() if self.process else ""
         with contextlib.suppress(ValueError):
             return json.loads(line)
@@ -83,10 +83,10 @@ class Predictor:
 # ---------------------------------------------------------------------------------------------- the steps to ask about
 
 def examples_of(plan, steps: list[int]) -> list:
-    """Of each step, of its micro-batches, (length, labelled tokens) of each example.
+    """For each step a list of micro-batches; for each micro-batch a list of (length, labelled tokens), one for each example.
 
-    Three micro-batches are enough: the first, which is the largest; the second, beside which there are gradients; the one
-    with most labels.
+    Three micro-batches of a step are enough: the first, which is the largest; the second, which runs while there are
+    gradients; and the one with most labels.
     """
     chosen = []
     for step in steps:
@@ -97,7 +97,7 @@ def examples_of(plan, steps: list[int]) -> list:
 
 
 def largest_steps(cfg: TrainConfig, full_length: bool = False):
-    """(the examples of the run's largest steps, what they are in words, cfg completed for the model).
+    """(the examples of the run's largest steps, a description of them, cfg completed for the model).
 
     The lengths are those of the data if the model's tokenizer is on this machine. If it is not (or full_length), every
     example has --max-length tokens.
@@ -127,7 +127,7 @@ def start(cfg: TrainConfig, plan, done: int) -> Predictor | None:
 
 
 def collect(predictor: Predictor | None) -> dict:
-    """The answer, printed as it is used. Training goes on without it."""
+    """Print the answer and return it. If there is none, say why: training continues without it."""
     answer = predictor.answer() if predictor else {"error": "--compile changes what is kept"}
     if predictor:
         predictor.close()

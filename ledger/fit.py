@@ -1,17 +1,19 @@
-"""What fits into a GPU's memory: `python train.py --model llama-2-7b --fit 8GB --max-length 1024`.
+"""Find options that fit into a GPU's memory: `python train.py --model llama-2-7b --fit 8GB --max-length 1024`.
 
-The options that save memory are added one after the other, in the order of what they cost in time, until the run fits. Each
-configuration is predicted (ask.py). Once a later option makes an earlier one unnecessary, the earlier one is removed again,
-starting with the one that costs the most time. So with 4-bit weights, for example, nothing may need to be recomputed.
+The options that save memory are added one after the other until the run fits. The first ones cost the least time. The peak
+of each configuration is predicted (ask.py). Once a later option makes an earlier one unnecessary, the earlier one is removed
+again, starting with the one that costs the most time. With 4-bit weights, for example, recomputation may be unnecessary.
 
-    --amp                    faster, if anything
-    fewer examples at once   --batch-size 4 --grad-accum 2 instead of 8: the same steps, but a GPU has less to do at a time
-    --ckpt-every 2, then 1   a sixth, then a third of the time
+    option                   what it costs
+    --amp                    nothing: it is usually faster
+    fewer examples at once   --batch-size 4 --grad-accum 2 instead of 8: the same steps, but less work for a GPU at a time
+    --ckpt-every 2, then 1   a sixth more time, then a third more
     --ckpt-offload           copies over the bus
-    --bits 8, then 4         dequantising; a little exactness
-    --optimizer              8-bit states, then paged ones; with --full also offload_adamw
+    --bits 8, then 4         dequantisation, and some precision
+    --optimizer              8-bit states, then paged ones, then (with --full) offload_adamw: time in each optimizer step
 
-Options on the command line are a wish to start from: what is set there stays.
+The search starts from the options on the command line. An option that differs from its default there keeps its value, with
+two exceptions: --batch-size may be split while --grad-accum is 1, and --ckpt-every 2 may become 1.
 """
 import dataclasses
 import re
@@ -25,11 +27,11 @@ from errors import UserError
 from ledger import ask
 from run import options
 
-CONTEXT = 500_000_000  # bytes of a GPU's memory that CUDA itself takes: 300 to 600 MB
+CONTEXT = 500_000_000  # bytes of a GPU's memory that CUDA itself needs. It is 300 to 600 MB
 
 
 def parse_size(text: str) -> int:
-    """"8GB", "7.5 GiB", "24000MB" -> bytes. GB are decimal (a GPU sold as 8 GB has 8 GiB, 8.6 GB). Raises UserError."""
+    """"8GB", "7.5 GiB", "24000MB" -> bytes. GB are decimal (a GPU sold as "8 GB" has 8 GiB = 8.6 GB). Raises UserError."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     m = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", text, re.IGNORECASE)
     if not m or m[2].upper() not in units or not float(m[1]):
@@ -38,7 +40,7 @@ def parse_size(text: str) -> int:
 
 
 def savings(cfg: options.TrainConfig) -> list[dict]:
-    """What is tried, in order: each time the options to set. One that the command line has set is left as it is."""
+    """The options to set in each step of the search, in order. Options that the command line has set are left out."""
     default, steps = options.TrainConfig(), []
 
     def saving(**toggles):
@@ -64,15 +66,15 @@ def savings(cfg: options.TrainConfig) -> list[dict]:
 
 
 def flags(toggles: dict) -> str:
-    """As the command line spells them."""
+    """The options as they are written on a command line."""
     return " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in toggles.items() if v)
 
 
 def search(cfg: options.TrainConfig, left: Callable) -> tuple[list, options.TrainConfig | None]:
-    """Add savings until it fits, then remove those that have become unnecessary.
+    """Add savings until the run fits, then remove those that have become unnecessary.
 
-    left(cfg) -> bytes that stay free, negative if it does not fit. Returns ([(what was tried, its cfg, bytes left)], the
-    cheapest configuration that fits or None).
+    left(cfg) -> the bytes that stay free; negative if cfg does not fit. Returns ([(what was tried, its cfg, bytes left)],
+    the configuration that fits and costs the least time, or None).
     """
     tried = []
 
@@ -98,7 +100,8 @@ def search(cfg: options.TrainConfig, left: Callable) -> tuple[list, options.Trai
 
 
 def removals(cfg: options.TrainConfig, best: options.TrainConfig):
-    """What may have become unnecessary, the most expensive first: groups of steps back towards the command line."""
+    """What may have become unnecessary, the most expensive first. Each group goes back, step by step, to the command line's
+    value; `search` stops in a group at the first step that does not fit."""
     if best.ckpt_every != cfg.ckpt_every:
         group = [{"ckpt_every": n, "ckpt_offload": cfg.ckpt_offload} for n in (1, 2, 0)]
         yield [t for t in group if t["ckpt_every"] in (cfg.ckpt_every, 2, 1)
@@ -115,16 +118,20 @@ def in_words(toggles: dict) -> str:
 
 
 def command(cfg: options.TrainConfig) -> str:
-    default, not_typed = options.TrainConfig(), ("dry_run", "fit", "device")
+    """The command line that runs cfg."""
+    default, not_typed = options.TrainConfig(), ("dry_run", "fit")
     typed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in not_typed}
     return "python train.py " + flags({k: v for k, v in typed.items() if v != getattr(default, k)})
 
 
 def fit(wish: options.TrainConfig) -> dict:
     """--fit: print what was tried, and the command to type. Raises UserError if nothing fits."""
-    memory_size, size = wish.fit, parse_size(wish.fit)
+    memory_size, size, device = wish.fit, parse_size(wish.fit), wish.device
+    for name in ("resume", "compile", "show_batch", "dry_run"):
+        if getattr(wish, name):
+            raise UserError(f"--fit with --{name.replace('_', '-')}: --fit only searches, prints and stops; give one of the two")
     wish = dataclasses.replace(wish, fit=None, dry_run=True, device=wish.device or "cuda")
-    answers = {}  # by command: searching asks for some configurations twice
+    answers = {}  # by command, because the search asks for some configurations twice
     bar = tqdm(desc="predicting", unit=" configurations", disable=not sys.stderr.isatty(), leave=False)
 
     def left(cfg) -> int:
@@ -148,6 +155,7 @@ def fit(wish: options.TrainConfig) -> dict:
     if best is None:
         least = min(tried, key=lambda t: -t[2])
         raise UserError(f"nothing fits into {memory_size}. The least is {memory.human(size - least[2])}, for "
-                        f"{command(least[1])}; take a smaller model, a shorter --max-length, or a larger GPU")
+                        f"{command(dataclasses.replace(least[1], device=device))}; take a smaller model, a shorter --max-length, or a larger GPU")
+    best = dataclasses.replace(best, device=device, dry_run=False)
     print(f"\n{command(best)}")
     return {"command": command(best), "options": dataclasses.asdict(best)}

@@ -1,8 +1,8 @@
-"""Tensors that have a size and no memory: the training step runs on them, is followed by the Ledger, and computes nothing.
+"""Tensors that have a size and no memory. The training step runs on them and computes nothing, and the Ledger follows it.
 
     with Hollow():
         w = hollow((4096, 4096), torch.bfloat16)      # a storage of 33.6 MB, and no memory
-        y = x @ w.t()                                 # y too: a shape, a type, strides; 10 microseconds
+        y = x @ w.t()                                 # y is hollow too: a shape, a type, strides; 10 microseconds
 
 This is how a peak is predicted. The *same code* runs: model, loss, recomputation, autograd, optimizer. So whatever holds a
 tensor in the real step holds it here, and the same Ledger counts it. No formula is fitted.
@@ -15,9 +15,9 @@ tensor in the real step holds it here, and the same Ledger counts it. No formula
 * A number that the program asks for (`loss.item()`) is 1, and a yes-or-no question is answered with yes (all gradients
   are finite).
 
-Outside the mode a hollow tensor is an error where PyTorch asks for its memory ("unallocated storage"), and the end of the
-process where PyTorch does not ask. So nothing made in here may be kept longer. The meta device imports PyTorch's compiler
-(72 MB, 2 seconds): a process of its own is a good place.
+Outside the mode, PyTorch raises an error ("unallocated storage") where it checks that a tensor has memory. Where it does not
+check, the process crashes. So no hollow tensor may be used after the mode. The meta device imports PyTorch's compiler
+(72 MB, 2 seconds), so the prediction runs in a process of its own.
 """
 import weakref
 
@@ -40,7 +40,7 @@ class Hollow(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.known = {}  # results by operator and inputs: every layer after the first asks the same questions
+        self.known = {}  # (operator, inputs) -> meta outputs: every layer after the first runs the same operators
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -57,7 +57,7 @@ class Hollow(TorchDispatchMode):
             self.known[key] = func(*each(on_meta, args), **{k: each(on_meta, v) for k, v in kwargs.items()})
         out = self.known[key]
         if not from_nothing and out.nbytes <= 2**20:
-            return func(*args, **kwargs).zero_()  # rather than what an `empty` one finds, which may be no number
+            return func(*args, **kwargs).zero_()  # an `empty` tensor could hold NaN
         device = kwargs.get("device") or (given[0].device if given else "cpu")
         return each(lambda t: hollow(t.shape, t.dtype, t.stride(), device) if isinstance(t, torch.Tensor) else t, out)
 
@@ -67,7 +67,7 @@ HOLLOW: dict[int, weakref.ref] = {}  # addresses of the storages without memory
 
 
 class Wrapper(torch.Tensor):
-    """PyTorch's way to a tensor with a size and no memory. Only an alias of it, a plain tensor, gets out of hollow()."""
+    """PyTorch's way to make a tensor with a size and no memory. hollow() returns only an alias of it, a plain tensor."""
 
     @staticmethod
     def __torch_dispatch__(func, types, args=(), kwargs=None):
@@ -91,7 +91,7 @@ def hollow(shape, dtype, stride=None, device="cpu") -> torch.Tensor:
 
 
 def each(f, x):
-    """f of x, or of what the lists in it hold."""
+    """f(x). If x is a list or a tuple: the same list, with f applied to what is in it."""
     return type(x)(each(f, y) for y in x) if type(x) in (list, tuple) else f(x)
 
 
@@ -114,13 +114,13 @@ def is_hollow(t: torch.Tensor) -> bool:
 def written(schema, args, kwargs):
     """What an operator that writes into its inputs returns: those inputs."""
     by_name = {a.name: args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(schema.arguments)}
-    found = [next(by_name[a.name] for a in schema.arguments
-                  if a.alias_info and a.alias_info.before_set == r.alias_info.before_set) for r in schema.returns]
-    return found[0] if len(found) == 1 else tuple(found) or None
+    results = [next(by_name[a.name] for a in schema.arguments
+                    if a.alias_info and a.alias_info.before_set == r.alias_info.before_set) for r in schema.returns]
+    return results[0] if len(results) == 1 else tuple(results) or None
 
 
 def hollow_model(raw_config: dict, bits: int) -> nn.Module:
-    """The model that weights.load makes, from its config.json alone and without memory. For use inside Hollow."""
+    """The model that weights.load makes, but from its config.json alone and without memory. For use inside Hollow."""
     config, model_class = weights.config_from(raw_config)
     model = weights.without_storage(model_class, config)
     low_bit, made = weights.low_bit_weights(model) if bits < 16 else (), {}

@@ -1,22 +1,22 @@
-"""What a run will peak at, before it runs: its own training step, on tensors without memory (hollow.py).
+"""The peak of a run before it runs: its own training step, on tensors without memory (hollow.py).
 
     python train.py --model llama-13b --bits 4 --amp --ckpt-every 1 --dry-run --device cuda       on any laptop
 
-`python -m ledger.predict` is a process of its own; ask.py starts it and asks. It needs only the model's configuration and
-the lengths of the examples in the largest steps. These steps run as the second and third of their run, because AdamW's state
-exists from there on. The Ledger that follows the real steps follows them.
+`python -m ledger.predict` is a process of its own. ask.py starts it and asks. A question has the run's options, the model's
+config.json, and the lengths of the examples in the run's largest steps. These steps run like the second and third step of a
+run, because AdamW's state exists from the second step on. The same Ledger follows them that follows the real steps.
 
-A GPU is predicted on the CPU, whatever this machine has: tensors on "cpu" stand for the GPU's, and a Device says what a GPU
-does otherwise (techniques/device.py). What waits in the host's memory (paged or offloaded states, offloaded activations)
-is on the "meta" device here, and not counted. Three things take a GPU's memory and are no tensor of the step:
+A GPU is predicted on the CPU. Tensors on "cpu" stand for the GPU's, and a Device says what a GPU does differently
+(techniques/device.py). What waits in host memory (paged or offloaded states, offloaded activations) is on the "meta" device
+here, and is not counted. Three things need GPU memory and are not tensors of the step:
 
-    rounding                what PyTorch's allocator adds, see allocator.py
-    cuBLAS's workspace      8.5 MB (33.6 on an H100) for each of the two threads that multiply, forward and backward
-    attention's backward    sums dq in float32 (FlashAttention-2, arXiv:2307.08691, section 3.1.2), and with grouped queries
-                            dk and dv head by head: (4 + 4/D) bytes a number of q, or with groups 8 + 4/D, for one layer
-                            at a time. LLaMA-7B, 512 tokens: 8.5 MB
+    rounding                what PyTorch's allocator adds (allocator.py)
+    cuBLAS's workspace      8.5 MB (33.6 MB on an H100) for each of the two threads that multiply: forward's and backward's
+    attention's backward    It sums dq in float32 (FlashAttention-2, arXiv:2307.08691, section 3.1.2), and with grouped
+                            queries it has dk and dv for every query head. Bytes for each number of q in 16 bit, one layer
+                            at a time: 4 + 4/D, or 8 + 4/D with groups. LLaMA-7B, 512 tokens: 512 * 4096 * 4.03 = 8.5 MB.
 
-CUDA itself takes 300 to 600 MB beside all that. (All of it follows PyTorch's and FlashAttention's sources; it has not been
+CUDA itself needs 300 to 600 MB more. (These numbers follow the sources of PyTorch and FlashAttention. They have not been
 compared with a GPU.)
 """
 import contextlib
@@ -38,12 +38,12 @@ from run.options import TrainConfig
 from techniques import optim, quant
 from techniques.device import Device, device_of, pretend
 
-FEW = 3  # equal pieces of work: one in use, one that arrives, one that leaves
+FEW = 3  # equal pieces of work that are run instead of thousands: one in use, one that arrives, one that leaves
 
 
 def predict(cfg: TrainConfig, raw_config: dict, steps: list) -> dict:
-    """The answer to a question, see ask.py."""
-    gpu = cfg.device if torch.device(cfg.device).type == "cuda" else None  # (Apple's GPU shares the memory, like a CPU)
+    """The answer to a question; ask.py describes both."""
+    gpu = cfg.device if torch.device(cfg.device).type == "cuda" else None  # (Apple's GPU has no memory of its own)
     cfg = dataclasses.replace(cfg, device="cpu", resume=False)
     steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in step] for step in steps]
     with one_thread(), torch.random.fork_rng([]), Hollow(), pretend("cpu", predicted_device(gpu)) as device:
@@ -71,7 +71,7 @@ def predict(cfg: TrainConfig, raw_config: dict, steps: list) -> dict:
 
 
 def predicted_device(gpu: str | None) -> Device:
-    """The machine that is predicted. Its rooms are its own: no hollow tensor stays in those of this machine."""
+    """The machine that is predicted. It has rooms of its own, so no hollow tensor stays in the rooms of this machine."""
     if gpu is None:
         return dataclasses.replace(device_of("cpu"), pieces=FEW, rooms={})
     return Device("cuda", host="meta", pieces=FEW, nf4_kernel=lambda packed, absmax, levels, out: out)
@@ -79,7 +79,7 @@ def predicted_device(gpu: str | None) -> Device:
 
 @contextlib.contextmanager
 def one_thread():
-    """There is next to nothing to compute."""
+    """Inside, PyTorch uses one thread: there is almost nothing to compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -89,20 +89,20 @@ def one_thread():
 
 
 class GPULedger(memory.Ledger):
-    """Follows, too, what attention's backward takes for itself on a GPU."""
+    """A Ledger that also counts the buffers of attention's backward on a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        own = None
+        buffers = None
         if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
             q, k = args[1], args[2]
             B, H, T, D = q.shape
-            size = 4 * B * H * T  # float32, a number a row
-            if q.dtype != torch.float32:  # (in float32 another kernel runs, which sums where the result will stand)
+            size = 4 * B * H * T  # one float32 number for each row of q
+            if q.dtype != torch.float32:  # (for float32 another kernel runs, which sums dq in the result itself)
                 size += 4 * q.numel() + (2 * q.nbytes if k.shape[1] < H else 0)
-            own = hollow((size,), torch.uint8)
-            self.follow(own)
+            buffers = hollow((size,), torch.uint8)
+            self.follow(buffers)
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        del own
+        del buffers
         return out
 
 
@@ -112,7 +112,8 @@ def cublas_workspace(gpu: str) -> int:
 
 
 def do_as_a_first_step(model, optimizer):
-    """Make what the first step leaves behind: the optimizer's states, its tables, the rooms for dequantised weights."""
+    """Make what the first step of a run leaves in memory: the optimizer's states, its tables, the rooms for dequantised
+    weights."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.init_state(p)
@@ -127,14 +128,14 @@ def do_as_a_first_step(model, optimizer):
 
 
 def main():
-    """A question a line, an answer a line, until there are no more questions."""
+    """Read questions from standard input, one in each line, and write one line for each answer."""
     for line in sys.stdin:
         question = json.loads(line)
         try:
             answer = predict(TrainConfig(**question["options"]), question["config"], question["steps"])
         except UserError as e:
             answer = {"error": str(e)}
-        except Exception as e:  # a line for the run that asked, which goes on without the prediction
+        except Exception as e:  # one line for the run that asked: it continues without the prediction
             answer = {"error": f"{type(e).__name__}: {e}".splitlines()[0]}
         print(json.dumps(answer), flush=True)
 

@@ -14,9 +14,9 @@ from techniques.loss import sum_loss
 
 @torch.no_grad()
 def evaluate(model: nn.Module, examples: list[data.Example], cfg: TrainConfig) -> dict:
-    """{"val_loss": mean loss of a labelled token in nats, "val_bits_per_byte": the same for a byte of labelled text}.
+    """{"val_loss": nats for each labelled token, "val_bits_per_byte": bits for each byte of labelled text}.
 
-    The second number does not depend on the tokenizer.
+    The second number does not depend on the tokenizer, so it compares models that have different ones.
     """
     model.eval()
     total = labels = 0
@@ -31,7 +31,7 @@ def evaluate(model: nn.Module, examples: list[data.Example], cfg: TrainConfig) -
 
 
 def why_not_finite(model: nn.Module, cfg: TrainConfig, step: int) -> str:
-    """The likely cause: the weights of the checkpoint, the trained weights, or the precision. step: steps done before."""
+    """The likely cause: damaged weights, diverged training, or the precision. step: the optimizer steps done before."""
     for n, p in model.named_parameters():
         if not torch.isfinite(p).all():
             if step == 0 or not p.requires_grad:

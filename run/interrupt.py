@@ -1,4 +1,4 @@
-"""Ctrl-C during training: the step finishes, the run is saved, and only then does it end."""
+"""Ctrl-C during training: the step finishes, the run is saved, and then the program ends."""
 import signal
 
 

@@ -1,7 +1,8 @@
-"""Every option of train.py, what follows from what, and which combinations are refused.
+"""Every option of train.py: its default, what depends on it, and which combinations are refused.
 
-The command line is made from the dataclass below, and so are a run's config.json and what --resume compares. An option that
-cannot apply stops the run before anything is loaded; none is ignored.
+The dataclass TrainConfig is the only list of options. The command line, a run's config.json and the comparison of --resume
+are made from it. Options that contradict each other, or an option that has no effect beside the others, stop the run before
+the weights are loaded. None is silently ignored.
 """
 import argparse
 import dataclasses
@@ -22,64 +23,69 @@ def option(default, group, help, **extra):
 
 @dataclass
 class TrainConfig:
-    """Every option there is; the command line is generated from these lines. None means: decided in resolve()."""
+    """Every option; the command line is made from these lines. None: it depends on other options, the model or the data,
+    and is filled in later (resolve, resolve_for, and resolve_steps in prepare.py)."""
 
     model: str = option("gpt2-nano", "model", "short name (gpt2, llama-3.2-1b, smollm2-135m, ...), org/name or folder")
-    bits: int = option(None, "model", "how frozen weights are held (default: as stored if in 8 or 4; --amp: 16; else 32)",
-                       choices=(32, 16, 8, 4), type=int)
-    device: str = option(None, "model", "cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)", type=str)
-    seed: int = option(0, "model", "of the adapters, the order of the data, dropout")
+    bits: int = option(None, "model", "bits of a frozen weight (default: 8 or 4 if the checkpoint is stored so; else 16 "
+                       "with --amp, 32 without)", choices=(32, 16, 8, 4), type=int)
+    device: str = option(None, "model", "cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)", type=str)
+    seed: int = option(0, "model", "seed of the random start, the held-out rows, the order of the data, and dropout")
     compile: bool = option(False, "model", "torch.compile every block; needs a C++ compiler, takes a minute to start")
-    from_scratch: bool = option(False, "model", "start from random weights: pretraining, with --full")
+    from_scratch: bool = option(False, "model", "start from random weights (pretraining); needs --full")
     lora_r: int = option(8, "lora", "rank r of the adapters")
     lora_alpha: float = option(16.0, "lora", "the adapters' output is scaled by alpha / r")
     lora_dropout: float = option(0.0, "lora", "dropout on the adapters' input")
     lora_targets: str = option(None, "lora", "layers with an adapter, such as q_proj,v_proj or c_attn or all (default: Q "
                                "and V; all for gpt2-nano)", type=str)
-    rslora: bool = option(False, "lora", "scale by alpha / sqrt(r) instead")
-    lora_init: str = option("default", "lora", "where adapters start: at nothing, at the error of rounding to 8 or 4 bits "
+    rslora: bool = option(False, "lora", "scale by alpha / sqrt(r) instead of alpha / r")
+    lora_init: str = option("default", "lora", "where adapters start: at zero, at the error of rounding to 8 or 4 bits "
                             "(loftq), at the weights' largest directions (pissa)", choices=lora_init.INITS)
     full: bool = option(False, "lora", "train every weight, no adapters")
     data: str = option(None, "data", "JSON, JSONL, CSV or TXT file (default: the bundled assets/support.jsonl)", type=str)
-    val_data: str = option(None, "data", "held-out file (default: val-frac of --data; the bundled data brings its own)",
+    val_data: str = option(None, "data", "held-out file (default: --val-frac of --data; the bundled data has its own)",
                            type=str)
     val_frac: float = option(0.1, "data", "share of the rows held out when there is no --val-data")
     template: str = option("auto", "data", "auto (the model's chat template, else alpaca), chat, alpaca or a .jinja file")
-    max_length: int = option(None, "data", "positions an example may have, the rest is cut off (default: 512, or all the "
-                             "model has)", type=int)
+    max_length: int = option(None, "data", "most positions of an example, the rest is cut off (default: 512, or the model's "
+                             "positions if they are fewer)", type=int)
     pack: bool = option(False, "data", "lay the examples of a micro-batch end to end instead of padding them")
-    show_batch: bool = option(False, "data", "print the first micro-batch, what is learned marked, and stop")
-    amp: bool = option(False, "memory", "matrix products in bfloat16 (float16 on cards without it)")
-    ckpt_every: int = option(0, "memory", "recompute every N-th layer's activations in backward (0: none, 1: all)")
-    ckpt_offload: bool = option(False, "memory", "what a checkpointed layer keeps waits in host memory")
+    show_batch: bool = option(False, "data", "print the first micro-batch, with the labelled tokens marked, and stop")
+    amp: bool = option(False, "memory", "matrix products in bfloat16 (float16 on a GPU without bfloat16)")
+    ckpt_every: int = option(0, "memory", "recompute every N-th layer in backward; keep only its input (0: none, 1: all)")
+    ckpt_offload: bool = option(False, "memory", "the input that a recomputed layer keeps waits in host memory")
     batch_size: int = option(8, "memory", "examples a micro-batch")
     grad_accum: int = option(1, "memory", "micro-batches an optimizer step")
     dry_run: bool = option(False, "memory", "predict the peak and stop: nothing is downloaded, no weights are read")
-    fit: str = option(None, "memory", "a GPU's memory, such as 8GB: find the cheapest options that fit, and stop", type=str)
-    optimizer: str = option("adamw", "memory", "adamw8bit: states of 8 bits; paged_adamw8bit: and in the machine's memory; "
-                            "offload_adamw: on the CPU, so that --full --amp has 16-bit weights", choices=tuple(OPTIMIZERS))
-    lr: float = option(None, "train", "peak learning rate (default: by the model's width, see default_lr)", type=float)
+    fit: str = option(None, "memory", "a GPU's memory, such as 8GB: find the options that fit and cost least time, and stop",
+                      type=str)
+    optimizer: str = option("adamw", "memory", "adamw8bit: states in 8 bits; paged_adamw8bit: these states in host memory; "
+                            "offload_adamw: on the CPU with float32 weights, so that --full --amp has 16-bit weights on the "
+                            "GPU", choices=tuple(OPTIMIZERS))
+    lr: float = option(None, "train", "highest learning rate (default: by the model's width)", type=float)
     schedule: str = option("cosine", "train", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
     warmup_steps: int = option(None, "train", "steps of linear warm-up (default: 5 %% of the steps)", type=int)
     weight_decay: float = option(0.0, "train", "AdamW's decoupled weight decay, on matrices")
     clip: float = option(1.0, "train", "largest norm of the gradient (0: no clipping)")
-    epochs: int = option(3, "train", "passes over the data, unless --steps")
-    steps: int = option(None, "train", "optimizer steps", type=int)
+    epochs: int = option(3, "train", "passes over the data, unless --steps is given")
+    steps: int = option(None, "train", "optimizer steps (default: from --epochs)", type=int)
     eval_every: int = option(None, "train", "steps between evaluations (default: an epoch)", type=int)
-    save_every: int = option(None, "train", "steps between saves of what --resume needs (default: as eval-every)", type=int)
-    samples: int = option(3, "output", "held-out prompts answered before and after, in samples.md")
+    save_every: int = option(None, "train", "steps between saves of what --resume needs (default: --eval-every)", type=int)
+    samples: int = option(3, "output", "held-out prompts answered before and after training, in samples.md")
     out: str = option(None, "output", "folder of the run (default: runs/MODEL-1, -2, ...)", type=str)
-    resume: bool = option(False, "output", "continue the run in --out where its last save left it")
+    resume: bool = option(False, "output", "continue the run in --out from its last save")
 
 
 def default_lr(width: int, full: bool) -> float:
-    """5e-5 * (2000 / n_embd)^0.781, ten times that for adapters: the fit to many LLaMA runs in Schulman et al.,
-    "LoRA Without Regret" (2025). GPT-2 124M: 1.1e-3 with LoRA; LLaMA-7B: 2.9e-4."""
+    """5e-5 * (2000 / width)^0.781 with --full, ten times that for adapters. width: the model's n_embd.
+
+    Schulman et al., "LoRA Without Regret" (2025), fitted it to LLaMA runs. With LoRA: GPT-2 124M 1.1e-3, LLaMA-7B 2.9e-4.
+    """
     return float(f"{5e-5 * (1 if full else 10) * (2000 / width) ** 0.781:.2g}")
 
 
 def resolve(cfg: TrainConfig) -> TrainConfig:
-    """Fill in what depends on other options; refuse what cannot apply. Nothing has been read or written yet."""
+    """Fill in what depends on other options, and refuse what does not go together. Reads no file. Raises UserError."""
     cfg = dataclasses.replace(cfg)
     default = TrainConfig()
     for name in ("max_length", "batch_size", "grad_accum", "epochs", "steps", "eval_every", "save_every"):
@@ -106,22 +112,25 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     if cfg.steps and cfg.epochs != default.epochs:
         raise UserError("--steps and --epochs both say how long to train; give one")
     if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full:
-        # 4M parameters know little that Q and V alone could steer, and default_lr fits larger models: see LOG.md.
+        # With 4M parameters, adapters on Q and V alone learn too little, and default_lr fits larger models. See LOG.md.
         cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
     if cfg.ckpt_offload and not cfg.ckpt_every:
         raise UserError("--ckpt-offload has no effect without --ckpt-every: it moves what a recomputed layer keeps")
     if cfg.dry_run and (cfg.compile or cfg.show_batch):
-        raise UserError("--dry-run knows nothing of --compile, which decides anew what is kept; leave it out"
+        raise UserError("--dry-run cannot predict --compile, which changes what is kept for backward; leave it out"
                         if cfg.compile else "--dry-run and --show-batch both stop the run; give one")
     if not (cfg.dry_run and cfg.device):
         cfg.device = usable_device(cfg.device)
-    elif not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", cfg.device):  # a card can be predicted where there is none
+    elif not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", cfg.device):  # the predicted GPU need not be in this machine
         raise UserError(f"--device {cfg.device}: only cpu, cuda and mps")
     return cfg
 
 
 def resolve_for(cfg: TrainConfig, config, stored: int | None):
-    """Fill in what depends on the model. config: its Config; stored: 8 or 4 for a checkpoint that is quantised already."""
+    """Fill in what depends on the model. config: its Config. stored: 8 or 4 if its checkpoint is quantised.
+
+    Raises UserError.
+    """
     cfg.bits = resolve_bits(cfg, stored)
     cfg.max_length = cfg.max_length or min(512, config.n_positions)
     if cfg.max_length > config.n_positions:
@@ -132,7 +141,7 @@ def resolve_for(cfg: TrainConfig, config, stored: int | None):
 
 
 def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
-    """How the frozen weights are held."""
+    """The bits of a frozen weight. Raises UserError."""
     if stored and cfg.full:
         raise UserError(f"--full: {cfg.model} is stored in {stored} bit; only adapters can be trained on it")
     bits = cfg.bits or stored or (16 if cfg.amp and (not cfg.full or cfg.optimizer == "offload_adamw") else 32)
@@ -143,7 +152,8 @@ def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
 
 
 def parse(argv=None) -> TrainConfig:
-    p = argparse.ArgumentParser(prog="train.py", description="Fine-tune a language model, every byte accounted for.")
+    """The command line -> TrainConfig, with a group of options for each `group` of its fields."""
+    p = argparse.ArgumentParser(prog="train.py", description="Fine-tune a language model, and account for every byte.")
     groups = {}
     for f in dataclasses.fields(TrainConfig):
         group = groups.setdefault(f.metadata["group"], p.add_argument_group(f.metadata["group"]))

@@ -36,14 +36,14 @@ def resolve_steps(cfg: TrainConfig, plan: data.Plan):
 
 
 def load_model(cfg: TrainConfig) -> nn.Module:
-    """The model, its weights frozen but for what is trained."""
+    """The model. Every weight that is not trained is frozen."""
     torch.manual_seed(cfg.seed)
-    if cfg.full and cfg.optimizer == "offload_adamw":  # the optimizer takes float32 weights on the CPU: the masters
+    if cfg.full and cfg.optimizer == "offload_adamw":  # its masters are float32 on the CPU, and are made from these weights
         device, bits = "cpu", 32
     else:
         device, bits = cfg.device, cfg.bits
     model = weights.from_scratch(cfg.model, device, cfg.seed) if cfg.from_scratch else weights.load(cfg.model, bits, device)
-    init = "default" if cfg.resume else cfg.lora_init  # a resumed run reads where its adapters started
+    init = "default" if cfg.resume else cfg.lora_init  # a resumed run reads the start of its adapters from its state
     set_trainable(model, cfg, init)
     if cfg.ckpt_offload and not device_of(cfg.device).own_memory:
         print(f"--ckpt-offload: on {cfg.device} host and device memory are the same; nothing moves, nothing is saved")
@@ -51,7 +51,7 @@ def load_model(cfg: TrainConfig) -> nn.Module:
 
 
 def set_trainable(model: nn.Module, cfg: TrainConfig, init: str = "default"):
-    """Say what is trained (adapters, or every weight) and which layers are recomputed."""
+    """Set what is trained (adapters, or every weight) and which layers are recomputed."""
     if cfg.full:
         model.requires_grad_(True)
     else:
@@ -62,7 +62,7 @@ def set_trainable(model: nn.Module, cfg: TrainConfig, init: str = "default"):
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> AdamW:
-    """--optimizer over everything that is trained. Norms and biases are not decayed."""
+    """--optimizer for everything that is trained. Norms and biases get no weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
@@ -73,10 +73,10 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> AdamW:
 
 
 def make_scaler(cfg: TrainConfig) -> torch.amp.GradScaler:
-    """For float16, which ends at 6e-5 on the small side, where gradients are; for other types it does nothing.
+    """For float16: its smallest normal number is 6e-5, and many gradients are smaller. For other types it does nothing.
 
     The loss is multiplied by a large number, the scale, and the gradients are divided by it before they are clipped.
-    Whenever a gradient overflows, the step is skipped and the scale is halved.
+    When a gradient overflows, the step is skipped and the scale is halved.
     """
     half = cfg.amp and device_of(cfg.device).half == torch.float16
     return torch.amp.GradScaler(torch.device(cfg.device).type, enabled=half)

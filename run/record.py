@@ -1,11 +1,12 @@
-"""What a run leaves in --out, and what it says at its end. Everything but metrics.jsonl appears whole or not at all.
+"""The files that a run writes in --out, and what it prints. Only metrics.jsonl grows line by line; every other file is
+written whole or not at all.
 
-    config.json      every option as resolved, versions, seed, commit
-    metrics.jsonl    a line an optimizer step, a line an evaluation
+    config.json      every option as resolved, the versions, the seed, the commit
+    metrics.jsonl    a line for each optimizer step, and one for each evaluation
     summary.json     parameters, memory, loss, speed
-    samples.md       the same prompts before and after training
-    loss.png         the curves
-    adapter/ best/   the last adapter and the one of the lowest held-out loss (--full: model/ and best/, whole models)
+    samples.md       the replies to the same prompts before and after training
+    loss.png         the loss of each step, and the held-out loss
+    adapter/ best/   the last adapter, and the one with the lowest held-out loss (--full: model/ and best/, whole models)
     state/           what --resume needs (state.py)
 """
 import dataclasses
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def prepare_out(cfg) -> Path:
-    """The folder of the run: a new one, or with --resume the one to continue."""
+    """The folder of the run: a new one, or with --resume the one to continue. Raises UserError if a new one is not empty."""
     if cfg.resume:
         return Path(cfg.out)
     if cfg.out is None:
@@ -42,7 +43,7 @@ def prepare_out(cfg) -> Path:
 
 
 def announce(cfg, params: dict, train_set, val_set, out: Path):
-    """What is about to be trained, on what, and how."""
+    """Print what is going to be trained, on which data, and how."""
     print(parameters(cfg.model, params))
     for name, d in (("training", train_set), ("held-out", val_set)):
         print(f"{name}: {len(d):,} examples, {d.n_labels:,} labelled tokens of {sum(len(e.ids) for e in d.examples):,}"
@@ -77,7 +78,7 @@ def log(out: Path, line: dict):
 
 
 def read_log(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl; one that a killed run left unfinished is skipped."""
+    """The lines of metrics.jsonl. A line that a killed run did not finish is left out."""
     lines, path = [], out / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -88,14 +89,15 @@ def read_log(out: Path) -> list[dict]:
 
 
 def rewind_log(out: Path, step: int):
-    """Forget what came after the last save."""
+    """Remove the lines after `step`, the last one that was saved: a resumed run takes the later steps again."""
     weights.write_text(out / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in read_log(out) if x["step"] <= step))
 
 
 class Progress:
-    """Each step's line: in metrics.jsonl, and as a bar on a terminal or some twenty printed lines elsewhere.
+    """Writes each step's line to metrics.jsonl. Shows a progress bar on a terminal, and about twenty lines elsewhere.
 
-    `timed`: the lines that count for the speed. The first step warms up and some are followed by the ledger: these do not.
+    `timed` holds the lines from which the speed is computed. The first step (which warms up) and the steps that the ledger
+    follows (which it makes slower) are not among them.
     """
 
     def __init__(self, out: Path, step: int, steps: int):
@@ -103,13 +105,13 @@ class Progress:
         self.bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), desc="training", unit="step")
 
     def __call__(self, line: dict, timed: bool, peak: int | None):
-        step, said = line["step"], f"{line['tokens_per_s']:,.0f}"
+        step, speed = line["step"], f"{line['tokens_per_s']:,.0f}"
         self.timed += [line] * timed
         log(self.out, line)
-        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {line['lr']:.1e}, {said} tok/s, peak {memory.human(peak)}")
+        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {line['lr']:.1e}, {speed} tok/s, peak {memory.human(peak)}")
         self.bar.update()
         if self.bar.disable and (step % max(1, self.steps // 20) == 0 or step == self.steps):
-            print(f"step {step}/{self.steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  {said} tokens/s  "
+            print(f"step {step}/{self.steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  {speed} tokens/s  "
                   f"peak {memory.human(peak)}", flush=True)
 
     def close(self):
@@ -119,24 +121,25 @@ class Progress:
         self.bar.write(text, file=sys.stdout)
 
     def per_second(self, key: str) -> float | None:
-        """Tokens or examples; None when no step was timed."""
+        """key: "tokens" or "examples". None if no step was timed."""
         seconds = sum(line["step_s"] for line in self.timed)
         return sum(line[key] for line in self.timed) / seconds if seconds else None
 
 
 def write_samples(path: Path, cfg, prompts, before, after):
+    """prompts: as data.prompts gives them. before, after: the model's replies to them."""
     blocks = [f"# Replies of {cfg.model} before and after training\n\nGreedy decoding, at most 64 tokens.\n"]
-    for (prompt, wanted), b, a in zip(prompts, before, after):
+    for (prompt, wanted), old, new in zip(prompts, before, after):
         text = prompt[-1][0] if isinstance(prompt[-1], tuple) else \
             prompt[-1]["content"] + (f"\n\n{prompt[-1]['input']}" if prompt[-1].get("input") else "")
-        parts = {"## Prompt": text[-1000:], "**Before:**": b, "**After:**": a, "**Held-out reply:**": wanted[:1000]}
+        parts = {"## Prompt": text[-1000:], "**Before:**": old, "**After:**": new, "**Held-out reply:**": wanted[:1000]}
         for title, t in parts.items():
             blocks.append(f"{title}\n\n> " + (t.strip() or "(nothing)").replace("\n", "\n> ") + "\n")
     weights.write_text(path, "\n".join(blocks))
 
 
 def plot_losses(out: Path):
-    """loss.png: every step's loss (thin), its running mean (thick), and the held-out loss (dots)."""
+    """Write loss.png: every step's loss (thin), its running mean (thick) and the held-out loss (dots)."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -167,7 +170,7 @@ def peaks(prediction: dict) -> str:
 
 
 def categories(measured: dict | None, predicted: dict | None) -> str:
-    """Bytes by category, a line each. A category that is empty on both sides has no line."""
+    """A table: one line for each category, with its measured and its predicted bytes. Empty categories are left out."""
     lines = []
     for c in memory.CATEGORIES:
         values = [d[c] for d in (measured, predicted) if d]
@@ -178,7 +181,7 @@ def categories(measured: dict | None, predicted: dict | None) -> str:
 
 
 def summarise(run, params: dict, prediction: dict, watch, progress: Progress) -> dict:
-    """Write summary.json, loss.png; print the report. Returns what summary.json holds."""
+    """Write summary.json and loss.png, print the report. Returns what summary.json holds."""
     seen = run.seen
     summary = {
         "params": {k: params[k] for k in ("total", "trainable", "percent")},

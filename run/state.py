@@ -1,7 +1,7 @@
-"""A run's state: the model, the optimizer, where the run stands; saved, exported, and loaded by --resume.
+"""A run's state: the model, the optimizer, and the steps done. It is saved, exported, and loaded by --resume.
 
-`state/state.safetensors` is one file, so it appears whole or not at all. A resumed run continues bit for bit: it holds the
-trained weights, AdamW's moments, the random state, and the numbers that the run has collected.
+`state/state.safetensors` is one file, so it is written whole or not at all. It holds the trained weights, AdamW's moments,
+the random state, and the numbers that the run has collected. So a resumed run continues bit for bit.
 """
 import json
 import math
@@ -19,7 +19,10 @@ from techniques.optim import AdamW
 
 
 class Run:
-    """What is trained, with what, and how far it is. `step`: optimizer steps done. `seen`: what summary.json will say."""
+    """The model, its optimizer and the progress. `step`: optimizer steps done. `seen`: numbers for summary.json.
+
+    With cfg.resume, the saved state is loaded into all of them.
+    """
 
     def __init__(self, cfg: TrainConfig, out: Path, model: nn.Module, optimizer: AdamW, scaler, tokenizer, template: str):
         self.cfg, self.out, self.model, self.optimizer, self.scaler = cfg, out, model, optimizer, scaler
@@ -31,7 +34,7 @@ class Run:
             self.load()
 
     def note(self, loss: float, grad_norm: float):
-        """Collect a step's result. Raises FloatingPointError after 25 overflows in a row: the scale is not their cause."""
+        """Collect a step's result. Raises FloatingPointError after 25 overflows in a row: a smaller scale does not help."""
         seen, overflow = self.seen, not math.isfinite(grad_norm)  # float16: the scaler skipped the step
         seen["loss_first"] = loss if seen["loss_first"] is None else seen["loss_first"]
         seen["loss_last"] = loss
@@ -40,7 +43,7 @@ class Run:
             raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
 
     def export(self, name: str):
-        """adapter/ or best/ in PEFT's format (--full: a model folder), with the template and end token beside it."""
+        """Write adapter/ or best/ in PEFT's format (--full: a model folder), with the template and the end tokens."""
         folder = self.out / name
         if self.cfg.full:
             raw = hub.read_json(hub.find(self.cfg.model) / "config.json")
@@ -112,7 +115,7 @@ def options_of_run(cfg: TrainConfig) -> TrainConfig:
     if not path.is_file():
         raise UserError(f"--resume: {cfg.out} holds no run (no config.json in it)")
     if not state.is_file():
-        raise UserError(f"--resume: {state} is missing, the run was stopped before its first save; start it anew")
+        raise UserError(f"--resume: {state} is missing, the run was stopped before its first save; start it again")
     saved = hub.read_json(path)["options"]
     default = TrainConfig()
     for name in saved:

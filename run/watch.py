@@ -15,7 +15,7 @@ from techniques.device import device_of
 
 
 def candidates(done: int, steps: int) -> range:
-    """The steps among which the peak is looked for. done: the steps that an earlier part of a resumed run has taken."""
+    """The steps among which the peak is looked for. done: the steps that a resumed run had taken before."""
     return range(min(done + 1, steps - 1), steps)
 
 

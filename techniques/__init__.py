@@ -3,7 +3,7 @@
     attention      the kernel that never stores the T x T matrix
     loss           cross-entropy without the logits
     recompute      forget a layer's activations, compute them again
-    optim          AdamW, and four places for its states
+    optim          AdamW, and four ways to keep its states
     quant          frozen weights in 8 and 4 bits; nf4_triton is its GPU kernel
     lora_init      where an adapter starts
     device         what this machine is good at

@@ -15,8 +15,9 @@ from techniques.device import device_of
 def attend(q, k, v, segments: list[int] | None = None, float32: bool = False):
     """q (B, H, T, D) over k, v (B, K, S, D) -> (B, H, T, D). Query head h reads key/value head h // (H / K).
 
-    Without a KV cache, and for the prompt with one, S = T: position t sees s <= t. A later token comes alone (T = 1) and
-    sees all S positions of the cache. No padding mask is needed: padding stands on the right, where no real token looks.
+    S = T without a KV cache, and for the prompt when there is a cache: position t sees s <= t. Each later token comes
+    alone (T = 1) and sees all S positions of the cache. No padding mask is needed: padding is on the right of every
+    real token, and a token sees only what is on its left.
 
     segments: the lengths of the examples in a packed row (B = 1). Attention runs example by example: its work is
     sum(t^2) instead of (sum t)^2, and no example sees another. float32: 16-bit q, k and v are multiplied and summed in
@@ -27,7 +28,7 @@ def attend(q, k, v, segments: list[int] | None = None, float32: bool = False):
             return Float32Backward.apply(q, k, v, segments, float32)
         if float32:
             return attend(q.float(), k.float(), v.float(), segments).to(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):  # q, k and v have the type they are to be multiplied in
+    with torch.autocast(q.device.type, enabled=False):  # q, k and v already have the right type
         gqa = q.shape[1] != k.shape[1]
         if segments is None:
             return scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=gqa)
@@ -36,10 +37,10 @@ def attend(q, k, v, segments: list[int] | None = None, float32: bool = False):
 
 
 class Float32Backward(torch.autograd.Function):
-    """Attention whose backward runs in float32, from the 16-bit q, k and v. Forward keeps these three and not even y.
+    """Attention whose backward runs in float32, from the 16-bit q, k and v. Forward keeps these three, and not y.
 
     PyTorch's CPU kernel multiplies 16-bit tiles without the matrix unit: at T = 72 its backward takes 3 times as long as
-    in float32. With `float32` forward, too, runs in float32, on every device. Kept are 2C + 4KD bytes a token; autograd
+    in float32. With `float32`, forward runs in float32 too, on every device. 2C + 4KD bytes a token are kept; autograd
     would keep q, k, v and y in float32, 8C + 8KD bytes. Phi-2: 15 kB instead of 41 kB in each of its 32 layers.
     """
 
@@ -52,6 +53,6 @@ class Float32Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         qkv = [x.float().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():  # d (y . grad) / d qkv; the other spelling, grad(y, qkv, grad), imports sympy
+        with torch.enable_grad():  # d (y . grad) / d qkv. The usual way, grad(y, qkv, grad), imports sympy
             product = (attend(*qkv, ctx.segments) * grad).sum()
         return *[g.to(grad.dtype) for g in torch.autograd.grad(product, qkv)], None, None

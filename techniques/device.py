@@ -1,17 +1,17 @@
 """What this machine is good at: every decision that depends on the hardware, in one value.
 
-Code that must do something else on another machine asks `device_of(tensor.device)`. It never asks for the name of
-a device. So there is one place to read what differs, and one value to hand in where the answers must be those of a
-machine that is not here:
+Code that must do something else on another machine asks `device_of(tensor.device)`. It compares the names of devices
+only around calls of torch.cuda itself (streams, pinned memory, random states). So there is one place to read what
+differs, and one value to replace when the code is to behave as on a machine that is not here:
 
     with pretend("cpu", Device("cuda", half=torch.float16)):      # tensors on "cpu" are treated as a T4's
         train_step(...)
 
-The prediction of a GPU's peak memory runs so (ledger/predict.py), and so do tests.
+The prediction of a GPU's peak memory works this way (ledger/predict.py), and so do some tests.
 
-A Device also owns the memory that is used again and again, `rooms`: where quant.py writes a layer's weight for one
-product. Fresh memory for each layer would cost a third of the time, because the operating system clears it page by
-page. Its cost: as many bytes as the largest layer has in 16 bit. LLaMA-7B: 4096 x 11008 weights, 90 MB.
+A Device also owns the memory that is used again and again, its `rooms`. In one of them, quant.py writes a layer's
+weight for one product. New memory for each layer would take a third of the time, because the operating system clears
+it page by page. The cost of this room: the bytes of the largest layer in 16 bit. LLaMA-7B: 4096 x 11008 * 2 = 90 MB.
 """
 import contextlib
 import functools
@@ -33,11 +33,12 @@ class Device:
     half: torch.dtype = torch.bfloat16  # the 16-bit type that it multiplies natively
     float32_backward: bool = False  # attention's backward is faster in float32 than in 16 bit (attention.py)
     host: str = "cpu"  # where offloaded tensors wait (optim.py, recompute.py)
-    logits_chunk: int = 2**22  # logits that exist at the same time (loss.py): 17 MB in float32
-    optimizer_chunk: int = 2**22  # numbers that an 8-bit optimizer steps at a time (optim.py): 17 MB in float32
+    logits_chunk: int = 2**22  # logits that exist at the same time (loss.py): 16.8 MB in float32
+    optimizer_chunk: int = 2**22  # elements of a chunk of an 8-bit optimizer (optim.py): 16.8 MB in float32
     nf4_kernel: Callable | None = None  # dequantises 4-bit weights in one pass (nf4_triton.py); None: quant.py does it
-    # Of many equal pieces of work, run so many and skip the others. None: run all. The prediction sets it: it computes
-    # nothing, and three pieces (one in use, one that arrives, one that leaves) need as much memory as thousands.
+    # How many of many equal pieces of work are run; the others are skipped. None: run all. Only the prediction sets
+    # it: it computes nothing, and three pieces (one in use, one that arrives, one that leaves) need as much memory as
+    # thousands.
     pieces: int | None = None
     rooms: dict[tuple, torch.Tensor] = field(default_factory=dict)
 
@@ -47,13 +48,13 @@ class Device:
         return self.type == "cuda"
 
     def room(self, name: tuple, n: int, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """The first `n` numbers of the room `name`; `make(n)` builds it when it is missing or too small."""
+        """The first `n` elements of the room `name`. `make(n)` makes the room when it is missing or too small."""
         if name not in self.rooms or len(self.rooms[name]) < n:
             self.rooms[name] = make(n)
         return self.rooms[name][:n]
 
 
-DEVICES: dict[torch.device, Device] = {}  # of this process: found once, or handed in by pretend()
+DEVICES: dict[torch.device, Device] = {}  # of this process: detected once, or set by pretend()
 
 
 def device_of(device) -> Device:
@@ -65,7 +66,7 @@ def device_of(device) -> Device:
 
 
 def numbered(device) -> torch.device:
-    """"cuda" -> "cuda:0", the device that PyTorch means by it: a tensor's device always has a number."""
+    """The device with its number, as a tensor's device always has it: "cuda" -> "cuda:0", or the current GPU."""
     device = torch.device(device)
     if device.type != "cuda" or device.index is not None:
         return device
@@ -73,12 +74,12 @@ def numbered(device) -> torch.device:
 
 
 def detect(device: torch.device) -> Device:
-    """What is known of the devices of this machine."""
+    """What is known about this machine's `device`."""
     if device.type == "cpu":
         # 512 kB of float32 stay in a core's cache; a GPU would spend its time on starting kernels that small.
         return Device("cpu", float32_backward=True, optimizer_chunk=2**17)
     if device.type == "cuda":
-        # GPUs before Ampere emulate bfloat16: correct, and very slow (nanoGPT#277).
+        # GPUs before Ampere emulate bfloat16: correctly, but very slowly (nanoGPT#277).
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Device("cuda", half=torch.bfloat16 if native else torch.float16, nf4_kernel=triton_kernel())
     return Device(device.type)
@@ -118,7 +119,7 @@ def autocast(device, enabled: bool = True):
 
 
 def usable_device(name: str | None) -> str:
-    """`name`, once a tensor has been put there. Default: cuda where there is one, else cpu. Raises UserError."""
+    """`name`, if a tensor can be put there, or else UserError. Default: "cuda" where there is a GPU, else "cpu"."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)

@@ -1,15 +1,18 @@
-"""Cross-entropy over a vocabulary, without ever holding the logits.
+"""Cross-entropy over a vocabulary, without ever holding all the logits.
 
-The textbook way builds logits (B, T, V), their float32 copy and their gradient. GPT-2 124M, 4 x 1024 tokens:
-4096 * 50257 * (2 + 4 + 4) bytes = 2.06 GB, eight times the model in 16 bit. Three facts make it small:
+The textbook way builds the logits (B, T, V) in 16 bit, their float32 copy and its gradient. GPT-2 124M, 4 x 1024
+tokens: 4096 * 50257 * (2 + 4 + 4) bytes = 2.06 GB, eight times the model in 16 bit. Three facts make this small:
 
-1. Only labelled positions have a loss. Of an instruction example half the tokens are prompt: gather the others first.
-2. d loss / d logits = softmax(logits) - onehot(label): known as soon as the logits are, so the gradient of the hidden
-   vectors, (softmax - onehot) @ W, can be taken in the *forward* pass and the logits forgotten. (Liger Kernel,
+1. Only labelled tokens have a loss. In an instruction example about half of the tokens are prompt, without a label. So
+   the hidden vectors of the labelled tokens are gathered first, and the others never reach the head.
+2. d loss / d logits = softmax(logits) - onehot(label). This gradient is known as soon as the logits are. So the *forward*
+   pass computes the gradient of the hidden vectors, (softmax - onehot) @ W, and then frees the logits. (Liger Kernel,
    arXiv:2410.10989, section 3.2, calls this FusedLinearCrossEntropy.)
-3. Positions are independent: a chunk of them at a time. 2^22 logits a chunk are 17 MB in float32, whatever B, T and V.
+3. Positions are independent. So they are processed in chunks of at most 2^22 logits, whatever B, T and V are. In float32
+   these logits take 2^22 * 4 bytes = 16.8 MB. With --amp their 16-bit copy (later their 16-bit gradient) adds 2^22 * 2
+   bytes = 8.4 MB: 25.2 MB of live tensors at a chunk's peak.
 
-What stays for backward is one (N, C) gradient: for N = 2048 labelled tokens of GPT-2, 3 MB in 16 bit.
+One gradient (N, C) is kept for backward. GPT-2, N = 2048 labelled tokens: 2048 * 768 * 2 bytes = 3.1 MB in 16 bit.
 """
 import torch
 from torch.autograd.profiler import record_function
@@ -23,9 +26,9 @@ IGNORE = -100  # the label of a position without a loss, as everywhere in PyTorc
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, bias, labels, chunk):
-        """h (N, C), weight (V, C), bias (V) or None, labels (N,) -> the sum of -log softmax(h W^T + b)[label], float32.
+        """h (N, C), weight (V, C), bias (V,) or None, labels (N,) -> the sum of -log softmax(h W^T + b)[label], float32.
 
-        Rows labelled -100 are padding: no loss, no gradient.
+        Rows with the label -100 are padding: they have no loss and no gradient. chunk: rows at a time.
         """
         need_h, need_w, need_b, *_ = ctx.needs_input_grad
         w = weight.to(h.dtype)
@@ -52,38 +55,38 @@ class LinearCrossEntropy(torch.autograd.Function):
                     dw += g.t() @ x
                 if need_b:
                     db += grad.sum(0)
-            logits = grad = g = None  # before the next chunk's are made: 25 MB of them
+            logits = grad = g = None  # free these 25.2 MB before the next chunk's tensors are made
         ctx.grads = dh, dw, db
         ctx.dtypes = h.dtype, weight.dtype, bias.dtype if bias is not None else None
         return total
 
     @staticmethod
     def backward(ctx, scale):
-        grads, ctx.grads = ctx.grads, None  # used up: with --full, dW in float32 is 154 MB of GPT-2, 524 of LLaMA-7B
+        grads, ctx.grads = ctx.grads, None  # ctx must not keep them: --full's dW is 154 MB (GPT-2), 524 MB (LLaMA-7B)
         return *[g if g is None else g.mul_(scale).to(t) for g, t in zip(grads, ctx.dtypes)], None, None
 
 
 def sum_loss(hidden, head, labels, chunk: int | None = None):
-    """Sum of token losses over the labelled positions: divide by their number *in the whole optimizer step*.
+    """The sum of the losses of the labelled tokens. Divide it by their number *in the whole optimizer step*.
 
-    hidden: (B, T, C), the model's `hidden` output. head: the output projection (`.weight` (V, C), `.bias` or None).
-    labels: (B, T), the token that each position must predict, or -100. chunk: positions at a time (default: as many as
-    have 2^22 logits, see device.py). Returns a float32 scalar. Under autocast the products run in autocast's type, the
-    softmax in float32.
+    hidden: (B, T, C), the output of the model's `hidden`. head: the output projection (`.weight` (V, C), `.bias` or
+    None). labels: (B, T), the token that each position must predict, or -100. chunk: positions at a time (default: as
+    many as have 2^22 logits, see device.py). Returns a float32 scalar. Under autocast the matrix products run in
+    autocast's type; the softmax always runs in float32.
     """
-    with record_function("loss"):  # a name for the ledger (memory.py), and for whoever profiles
+    with record_function("loss"):  # a name for the ledger (memory.py) and for profilers
         return gathered_loss(hidden, head, labels.reshape(-1), chunk)
 
 
 def gathered_loss(hidden, head, labels, chunk):
     weight, bias, device = head.weight, head.bias, hidden.device.type
     labelled = (labels != IGNORE).nonzero().squeeze(1)  # (N,)
-    rest = -len(labelled) % 16  # matrix units work in tiles of 16 rows; fewer shapes, too (data.collate)
+    rest = -len(labelled) % 16  # matrix units work in tiles of 16 rows; and fewer shapes occur (see data.collate)
     h = F.pad(hidden.flatten(0, -2)[labelled], (0, 0, 0, rest))  # (N, C)
     y = F.pad(labels[labelled], (0, rest), value=IGNORE)
     h = h.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
     with torch.autocast(device, enabled=False):
-        if hasattr(head, "widen"):  # a head that carries an adapter: its rank as more columns
+        if hasattr(head, "widen"):  # a head with an adapter: its rank becomes more columns of h and weight
             h, weight = head.widen(h)
         chunk = chunk or max(16, device_of(h.device).logits_chunk // len(weight) // 16 * 16)
         return LinearCrossEntropy.apply(h, weight, bias, y, chunk)

@@ -1,27 +1,28 @@
-"""Frozen weights in 8 and in 4 bits: what lets a model be trained, through LoRA, where it would not even fit.
+"""Frozen weights in 8 and in 4 bits: LoRA can then train a model that would not even fit into memory in 16 bit.
 
-A frozen weight is only read. It may be stored coarsely, if every product sees it as a 16-bit number again:
+A frozen weight is only read. So it may be stored with few bits, if every product multiplies with 16-bit values again:
 
-int8    One scale a row, its largest magnitude s (LLM.int8(), arXiv:2208.07339, section 2.1):
+int8    One scale for each row, its largest magnitude s (LLM.int8(), arXiv:2208.07339, section 2.1):
 
             code = round(127 w / s), from -127 to 127            w ~ s code / 127
 
-        1 byte a weight and 4 bytes a row. LLaMA-7B has 6.48e9 weights in its layers: 6.48 GB, 12.95 in 16 bit.
+        1 byte a weight and 4 bytes a row. LLaMA-7B has 6.48e9 weights in its layers: 6.48 GB, in 16 bit 12.95 GB.
 
-NF4     Blocks of 64 weights. A block is divided by its largest magnitude, the "absmax", and each weight becomes the nearest
-        of 16 levels (QLoRA, arXiv:2305.14314, section 3). The levels are quantiles of a normal distribution: weights are
-        distributed so, and then every level is used equally often. Two codes a byte.
+NF4     Each block of 64 weights is divided by its largest magnitude, the "absmax". Then each weight is replaced by the
+        nearest of 16 levels (QLoRA, arXiv:2305.14314, section 3). The levels are quantiles of a normal distribution.
+        Weights are nearly normally distributed, so all levels are used about equally often. One byte holds two codes.
 
-            4 bits + 32 / 64 for a float32 absmax = 4.5 bits a weight. "Double quantisation" writes the absmax, less their
-            mean, in an 8-bit code with a scale for 256 of them:      4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits
+            with a float32 absmax       0.5 + 4 / 64                                            = 0.5625 bytes a weight
+            "double quantisation"       0.5 + 1 / 64 + 4 / (64 * 256) = 0.5 + 0.0156 + 0.0002   = 0.516 bytes (4.127 bits)
 
-        LLaMA-7B: 3.34 GB. On randn(1024, 1024) the mean error is 0.0728.
+        Double quantisation subtracts their mean from the absmax values and stores each of them in an 8-bit code, with one
+        float32 scale for 256 values. LLaMA-7B: 3.34 GB. The mean error on randn(1024, 1024) is 0.0728.
 
-Embeddings, norms, biases and the head stay in 16 bit. Codes and scales are bitsandbytes' own, bit for bit, so a checkpoint
-that transformers wrote with it (the hub's *-bnb-4bit) loads as it is.
+Embeddings, norms, biases and the head stay in 16 bit. Codes and scales are equal to bitsandbytes', bit for bit. So
+a checkpoint that transformers wrote with bitsandbytes (the hub's *-bnb-4bit) loads as it is.
 
-Nothing dequantised is kept. Backward needs W once more, for dx = dy W, and dequantises again: a step holds one layer in 16
-bit at a time (LLaMA-7B: at most 90 MB), where autograd would keep every layer, the 13 GB that were to be saved.
+No dequantised weight is kept. Backward needs W once more, for dx = dy W, and dequantises it again. So a step holds one
+layer in 16 bit at a time (LLaMA-7B: at most 90 MB). Autograd would keep every layer: 13 GB, more than was saved.
 """
 import json
 import math
@@ -34,11 +35,11 @@ from torch.nn import functional as F
 from techniques.device import Device, device_of
 from techniques.optim import dynamic_code
 
-BLOCK = 64  # weights to an absmax
-NESTED = 256  # absmax to a scale
-CHUNK = 2**20  # weights at a time: the temporaries take some 10 MB, however large the layer
+BLOCK = 64  # weights that share an absmax
+NESTED = 256  # absmax values that share a scale
+CHUNK = 2**20  # weights at a time: the temporaries take some 10 MB, however large the layer is
 
-DYNAMIC = dynamic_code(signed=True)  # the 8-bit code of optim.py's states, which serves the absmax
+DYNAMIC = dynamic_code(signed=True)  # the 8-bit code of optim.py's states, used here for the absmax values
 # arXiv:2305.14314, appendix E
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -47,26 +48,26 @@ NF4 = torch.tensor([
 
 
 def midpoints(code: torch.Tensor) -> torch.Tensor:
-    """The borders between neighbours of a sorted code: what lies between two of them is nearest to the code there."""
+    """The borders between neighbours of a sorted code: a number between two borders is nearest to the code between them."""
     return (code[1:] + code[:-1]) / 2
 
 
 # ---------------------------------------------------------------------------------------------- tensors
 
 def quantize_int8(w: torch.Tensor):
-    """w (out, in) -> codes (out, in) int8, scale (out,) float32, the largest magnitude of each row."""
+    """w (out, in) -> codes (out, in) int8, scale (out,) float32: the largest magnitude of each row."""
     codes, scale = torch.empty(w.shape, dtype=torch.int8), torch.empty(len(w))
     rows = max(1, CHUNK // w.shape[1])
     for x, c, s in zip(w.split(rows), codes.split(rows), scale.split(rows)):
         s.copy_(x.abs().amax(1))
-        c.copy_((x * (127.0 / s.clamp(min=1e-38))[:, None]).round_())  # a row of zeros stays one
+        c.copy_((x * (127.0 / s.clamp(min=1e-38))[:, None]).round_())  # a row of zeros stays zeros
     return codes, scale
 
 
 def quantize_nf4(w: torch.Tensor):
-    """w (any shape, its size divisible by 64) -> packed (n / 2, 1) uint8, absmax (n / 64,) float32.
+    """w (any shape, n weights, n divisible by 64) -> packed (n / 2, 1) uint8, absmax (n / 64,) float32.
 
-    Of a byte the upper four bits are the earlier weight's code.
+    The upper four bits of a byte are the code of the earlier weight.
     """
     flat, levels = w.reshape(-1), midpoints(NF4)
     packed, absmax = torch.empty(len(flat) // 2, dtype=torch.uint8), torch.empty(len(flat) // BLOCK)
@@ -80,10 +81,10 @@ def quantize_nf4(w: torch.Tensor):
 
 
 def quantize_absmax(absmax: torch.Tensor):
-    """absmax (n,) float32 -> codes (n,) uint8, nested_absmax (n / 256 rounded up,), offset (): "double quantisation".
+    """Double quantisation. absmax (n,) float32 -> codes (n,) uint8, nested_absmax (n / 256 rounded up,), offset ().
 
-    bitsandbytes on a CPU, where checkpoints like ours are written and compared, finds the nearest code by a table over
-    65,536 even steps. So this does: 0.2 % of the codes are not the nearest, by 1e-5 of the scale.
+    As in bitsandbytes on a CPU, each value is first rounded to one of 65,536 equal steps; then the nearest code is looked
+    up. So 0.2 % of the codes are not the nearest ones. Their error is larger by 1e-5 of the scale.
     """
     offset = absmax.mean()
     x = F.pad(absmax - offset, (0, -len(absmax) % NESTED)).view(-1, NESTED)
@@ -95,7 +96,10 @@ def quantize_absmax(absmax: torch.Tensor):
 
 
 def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The inverse: packed (n / 2, 1), absmax (n / 64,) float32 -> `out`, of any type. level * absmax, rounded once."""
+    """The inverse of quantize_nf4. packed (n / 2, 1), absmax (n / 64,) float32 -> `out`, n elements of any type.
+
+    The result is level * absmax in float32, rounded once to the type of `out`.
+    """
     device = device_of(packed.device)
     if device.nf4_kernel:
         return device.nf4_kernel(packed, absmax, NF4, out)
@@ -104,7 +108,7 @@ def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor
     for i in range(0, len(codes), CHUNK // 2)[:device.pieces]:
         n = min(CHUNK // 2, len(codes) - i)
         index[:n] = codes[i:i + n]
-        # One look-up moves 8 bytes, the levels of two weights. 16 rows, since PyTorch's gather gives a thread whole rows.
+        # One look-up copies 8 bytes: the levels of two weights. In 16 rows, because gather gives whole rows to a thread.
         torch.gather(table.expand(16, -1), 1, index[:n].view(16, -1), out=pairs[:n].view(16, -1))
         x = pairs[:n].view(torch.float32).view(-1, BLOCK)
         x *= absmax[2 * i // BLOCK:2 * (i + n) // BLOCK, None]
@@ -113,8 +117,10 @@ def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor
 
 
 def nf4_rooms(device: Device, where) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What dequantize_nf4 uses again and again, 8 MB: a table (256,) from a byte to its two levels, whose 4 + 4 bytes are
-    handled as one int64; room for a chunk's indices; room for its levels."""
+    """The memory that every call of dequantize_nf4 uses again, 8.4 MB in all:
+
+    a table (256,) from a byte to its two levels (4 + 4 bytes, handled as one int64); a chunk's indices; a chunk's levels.
+    """
     def pairs_of_levels(n):
         byte = torch.arange(n)
         return torch.stack([NF4[byte >> 4], NF4[byte & 15]], 1).view(torch.int64).view(-1).to(where)
@@ -129,13 +135,13 @@ def nf4_rooms(device: Device, where) -> tuple[torch.Tensor, torch.Tensor, torch.
 # ---------------------------------------------------------------------------------------------- layers
 
 def layer_room(shape, dtype, device) -> torch.Tensor:
-    """Where a layer's weight is dequantised for one product: the same memory for every layer, until the next call."""
+    """The memory for one product's dequantised weight. The next call returns the same memory for another layer."""
     return device_of(device).room(("layer", dtype), math.prod(shape),
                                   lambda n: torch.empty(n, dtype=dtype, device=device)).view(shape)
 
 
 class LowBitProduct(torch.autograd.Function):
-    """x W^T for a W in few bits. Nothing is saved for backward but the layer, which exists anyway."""
+    """x W^T for a W in few bits. Only the layer itself, which exists anyway, is kept for backward."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -148,17 +154,18 @@ class LowBitProduct(torch.autograd.Function):
 
 
 class LowBitLinear(nn.Module):
-    """A frozen linear layer, W (out, in) in few bits. Has the face that lora.py knows from nn.Linear and GPT-2's Conv1D.
+    """A frozen linear layer with W (out, in) in few bits. It has the attributes that lora.py expects of a linear layer.
 
-    `weight` is a parameter of integers, so PyTorch refuses to train it.
+    linear: the nn.Linear or Conv1D (GPT-2) whose sizes and bias it takes over. `weight` is a parameter of integers, so
+    PyTorch refuses to train it.
     """
 
-    def __init__(self, like: nn.Module):
+    def __init__(self, linear: nn.Module):
         super().__init__()
-        self.in_features, self.out_features, self.bias = like.in_features, like.out_features, like.bias
-        self.fan_in_fan_out = getattr(like, "fan_in_fan_out", False)  # of the checkpoint; in here W is (out, in) always
-        if hasattr(like, "parts"):
-            self.parts = like.parts
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.fan_in_fan_out = getattr(linear, "fan_in_fan_out", False)  # in the checkpoint; here W is always (out, in)
+        if hasattr(linear, "parts"):
+            self.parts = linear.parts
         self.n_weights = self.in_features * self.out_features
 
     def forward(self, x):
@@ -168,7 +175,7 @@ class LowBitLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype=torch.float32) -> torch.Tensor:
-        """W (out, in)."""
+        """A new tensor W (out, in)."""
         return self.dequantize_into(torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device))
 
     def in_room(self, dtype) -> torch.Tensor:
@@ -181,7 +188,7 @@ class LowBitLinear(nn.Module):
         return grad @ self.dequantize_into(self.in_room(grad.dtype))
 
     def _apply(self, fn, recurse=True):
-        """.to(dtype) casts every float buffer it finds; these scales stay float32, as PyTorch leaves the codes integers."""
+        """.to(dtype) would cast every float buffer, but the scales must stay float32. (PyTorch does not cast the codes.)"""
         scales = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, scale in scales.items():
@@ -194,20 +201,21 @@ class LowBitLinear(nn.Module):
 
 
 class Int8Linear(LowBitLinear):
-    def __init__(self, like, weight, scale):
-        super().__init__(like)
+    def __init__(self, linear, weight, scale):
+        super().__init__(linear)
         self.weight = nn.Parameter(weight, requires_grad=False)  # (out, in) int8
         self.register_buffer("scale", scale)  # (out,)
 
     @classmethod
-    def quantize(cls, like: nn.Module, w: torch.Tensor):
-        return cls(like, *quantize_int8(w))
+    def quantize(cls, linear: nn.Module, w: torch.Tensor):
+        return cls(linear, *quantize_int8(w))
 
     def dequantize_into(self, out):
         return out.copy_(self.weight * (self.scale / 127)[:, None])
 
-    # A code is exact in 16 bit, and one scale serves a whole row: it can wait until after the product (before it, in
-    # backward). Half the work of dequantising, and one rounding less. Not in float16: codes up to 127 would overflow it.
+    # A code is exact in 16 bit, and a whole row has one scale. So the product uses the codes, and its result is scaled
+    # (in backward, the gradient before the product): half the work of dequantising, and one rounding less. Not in
+    # float16, where products with codes up to 127 would overflow.
     def times_transposed(self, x):
         if x.dtype == torch.float16:
             return super().times_transposed(x)
@@ -220,19 +228,20 @@ class Int8Linear(LowBitLinear):
 
 
 class NF4Linear(LowBitLinear):
-    def __init__(self, like, weight, absmax, nested_absmax=None, offset=None):
-        super().__init__(like)
+    def __init__(self, linear, weight, absmax, nested_absmax=None, offset=None):
+        super().__init__(linear)
         self.weight = nn.Parameter(weight, requires_grad=False)  # (out * in / 2, 1) uint8
-        self.register_buffer("absmax", absmax)  # (out * in / 64,) uint8; float32 where it is not quantised in its turn
+        self.register_buffer("absmax", absmax)  # (out * in / 64,) uint8; float32 without double quantisation
         self.register_buffer("nested_absmax", nested_absmax)  # (out * in / 64 / 256,) float32, or None
         self.register_buffer("offset", offset)  # () float32, or None
 
     @classmethod
-    def quantize(cls, like: nn.Module, w: torch.Tensor):
+    def quantize(cls, linear: nn.Module, w: torch.Tensor):
         packed, absmax = quantize_nf4(w)
-        return cls(like, packed, *quantize_absmax(absmax))
+        return cls(linear, packed, *quantize_absmax(absmax))
 
-    def absmax32(self):
+    def absmax32(self) -> torch.Tensor:
+        """The absmax of every block, (out * in / 64,) float32."""
         if self.nested_absmax is None:
             return self.absmax
         x = DYNAMIC.to(self.absmax.device).index_select(0, self.absmax.int())
@@ -246,51 +255,56 @@ class NF4Linear(LowBitLinear):
 LAYERS = {8: Int8Linear, 4: NF4Linear}
 
 
-def quantize(like: nn.Module, weight: torch.Tensor, bits: int) -> LowBitLinear:
-    """A layer in `bits` bits for nn.Linear or GPT-2's Conv1D `like`, from its weight as the checkpoint stores it.
+def quantize(linear: nn.Module, weight: torch.Tensor, bits: int) -> LowBitLinear:
+    """The layer `linear` (nn.Linear or GPT-2's Conv1D) in 8 or 4 bits, from its weight as the checkpoint stores it.
 
-    Raises ValueError where the weight is not finite or, for 4 bits, has a size that 64 does not divide.
+    Raises ValueError for a weight that is not finite and, with 4 bits, for a size that 64 does not divide.
     """
-    w = weight.t() if getattr(like, "fan_in_fan_out", False) else weight
+    w = weight.t() if getattr(linear, "fan_in_fan_out", False) else weight
     if bits == 4 and w.numel() % BLOCK:
-        raise ValueError(f"{w.numel():,} weights are no multiple of {BLOCK}, which share a scale; use --bits 8 or 16")
-    return checked(LAYERS[bits].quantize(like, w.contiguous()))
+        raise ValueError(f"{w.numel():,} weights are not a multiple of {BLOCK}, a block's size; use --bits 8 or 16")
+    return checked(LAYERS[bits].quantize(linear, w.contiguous()))
 
 
 def checked(layer: LowBitLinear) -> LowBitLinear:
-    """A weight that is not finite makes its scale so. Found here it has a name; later, only a loss that is not a number."""
+    """The layer. A weight that is not finite makes its scale not finite: raises ValueError.
+
+    Here the loader still knows the tensor's name. Later, only the loss would be NaN.
+    """
     if not torch.isfinite(layer.scale if isinstance(layer, Int8Linear) else layer.absmax32()).all():
         raise ValueError("a weight is not finite (NaN or infinity); the checkpoint is damaged")
     return layer
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints of bitsandbytes
+# ---------------------------------------------------------------------------------------------- bitsandbytes' checkpoints
 
 def belongs_to(key: str) -> str | None:
-    """The weight that a tensor of such a checkpoint describes: q_proj.weight for q_proj.weight.absmax and q_proj.SCB."""
+    """The weight that a tensor of such a checkpoint belongs to: q_proj.weight for q_proj.weight.absmax and q_proj.SCB."""
     m = re.fullmatch(r"(.*\.)(weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..*|SCB|weight_format)", key)
     return m and m[1] + "weight"
 
 
-def from_checkpoint(like: nn.Module, weight: torch.Tensor, parts: dict) -> LowBitLinear:
-    """The layer that transformers + bitsandbytes saved. weight: its codes; parts: what belongs to them, by the last part of
-    their names: absmax, nested_absmax, bitsandbytes__nf4 (a JSON text as bytes), or SCB. Raises ValueError.
+def from_checkpoint(linear: nn.Module, weight: torch.Tensor, parts: dict) -> LowBitLinear:
+    """The layer that transformers + bitsandbytes saved in place of `linear`. weight: its codes.
+
+    parts: the tensors that belong to the codes, by the last part of their names: absmax, nested_absmax, bitsandbytes__nf4
+    (JSON text as bytes), or SCB. Raises ValueError for a layer that does not fit `linear`, or is stored in another way.
     """
-    n = like.in_features * like.out_features
+    n = linear.in_features * linear.out_features
     if "SCB" in parts:
-        shape, scale = (like.out_features, like.in_features), parts["SCB"]
+        shape, scale = (linear.out_features, linear.in_features), parts["SCB"]
         if weight.dtype != torch.int8 or weight.shape != shape or scale.shape != shape[:1]:
-            raise ValueError(f"codes {list(weight.shape)} of {weight.dtype} and scales {list(scale.shape)} are not those of "
-                             f"a {shape} layer in int8")
+            raise ValueError(f"codes {list(weight.shape)} of {weight.dtype} and scales {list(scale.shape)} do not fit a "
+                             f"{shape} layer in int8")
         if parts.get("weight_format", torch.zeros(())).any():
             raise ValueError("its int8 codes are in a GPU's tiled layout; save it again with a newer bitsandbytes")
-        return checked(Int8Linear(like, weight, scale.float()))
+        return checked(Int8Linear(linear, weight, scale.float()))
     if "bitsandbytes__nf4" not in parts:
         raise ValueError(f"it has neither a quant_state of nf4 nor SCB beside it, only {', '.join(sorted(parts))}")
     state = json.loads(bytes(parts["bitsandbytes__nf4"].tolist()))
     if not isinstance(state, dict):
         raise ValueError("its quant_state is no JSON object")
-    wanted = {"quant_type": "nf4", "blocksize": BLOCK, "shape": [like.out_features, like.in_features]}
+    wanted = {"quant_type": "nf4", "blocksize": BLOCK, "shape": [linear.out_features, linear.in_features]}
     if "nested_absmax" in parts:
         wanted["nested_blocksize"] = NESTED
     for name, value in wanted.items():
@@ -299,13 +313,13 @@ def from_checkpoint(like: nn.Module, weight: torch.Tensor, parts: dict) -> LowBi
     tables = {"quant_map": NF4, "nested_quant_map": DYNAMIC}
     for name in tables.keys() & parts.keys():
         if not torch.equal(parts[name], tables[name]):
-            raise ValueError(f"its {name} is another code than NF4's or the 8-bit dynamic one")
+            raise ValueError(f"its {name} is another code than NF4's levels or the 8-bit dynamic code")
     double = "nested_absmax" in parts
     sizes = {"absmax": n // BLOCK, **({"nested_absmax": -(-n // BLOCK // NESTED)} if double else {})}
     if weight.dtype != torch.uint8 or weight.numel() * 2 != n or any(
             k not in parts or parts[k].numel() != size for k, size in sizes.items()) or (
             (parts["absmax"].dtype == torch.uint8) != double or double and "nested_offset" not in state):
-        raise ValueError(f"its codes ({weight.dtype}), absmax, nested_absmax or nested_offset are not those of {n:,}")
+        raise ValueError(f"its codes ({weight.dtype}), absmax, nested_absmax or nested_offset do not fit {n:,} weights")
     if not double:
-        return checked(NF4Linear(like, weight, parts["absmax"].float()))
-    return checked(NF4Linear(like, weight, parts["absmax"], parts["nested_absmax"], torch.tensor(state["nested_offset"])))
+        return checked(NF4Linear(linear, weight, parts["absmax"].float()))
+    return checked(NF4Linear(linear, weight, parts["absmax"], parts["nested_absmax"], torch.tensor(state["nested_offset"])))

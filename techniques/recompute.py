@@ -12,14 +12,14 @@ autograd keeps what pack returns; `unpack` must turn it into the tensor again.
 2. The first unpack runs the layer a second time. Hooks catch every tensor that this second run saves.
 3. The n-th caught tensor is the one that unpack returns.
 
-The graph is the first run's. So a weight's gradient arrives once, and an x that needs no gradient (above a frozen
-embedding) is no special case. The second run stops when the last saved tensor is there, before the layer's last matrix
-product: nobody would read its result (unless that product carries an adapter).
+Autograd keeps the graph of the first run. So each weight gets its gradient once, and an x that needs no gradient (above
+a frozen embedding) is no special case. The second run stops when the last saved tensor is there. Usually this is before
+the layer's last matrix product, whose result nobody needs; if this product has an adapter, it runs too.
 
     activations   L layers keep 2C bytes a token each (x in 16 bit; with --full x is float32, 4C), and one layer at a time
                   has all its activations, a bytes a token:    2C L + a   instead of   L a.
                   GPT-2 124M (a = 22C), 4 x 512 tokens: 38 + 35 MB instead of 415 MB.
-                  LLaMA-7B (a = 102 kB), 512 tokens: 134 + 52 MB instead of 1.68 GB.
+                  LLaMA-7B (a = 101 kB), 512 tokens: 134 + 52 MB instead of 1.66 GB.
                   The paper groups k layers: 2C L / k + k a, which is least at k = sqrt(2C L / a): 1.0 and 1.6 here.
                   So a group is one layer, and --ckpt-every N leaves the layers between as they are, for speed.
     time          Backward costs two forwards (one where the weights are frozen: it computes no gradient for them). The
@@ -27,7 +27,7 @@ product: nobody would read its result (unless that product carries an adapter).
                   N = 1: 22-26 % more time with --full, 33-39 % more with LoRA.
     offload       x waits in host memory, and a is all that stays on the GPU. 2C bytes a token and layer cross the bus
                   twice. LLaMA-7B, 512 tokens: 134 MB go out while the layers compute, and come back while backward waits.
-                  At 25 GB/s (PCIe 4.0 x16) that is 5 ms of a step of 19 TFLOP. 32,768 tokens: 8.6 GB less on the GPU.
+                  At 25 GB/s (PCIe 4.0 x16) this takes 5 ms, in a step of 19 TFLOP. 32,768 tokens: 8.6 GB less on the GPU.
 """
 import sys
 from contextlib import suppress
@@ -43,9 +43,9 @@ from techniques.device import device_of
 def recompute(block, x, *rest, offload: bool = False):
     """block(x, *rest), and only x is kept for backward (with offload: in host memory). Gradients are equal bit for bit.
 
-    The block must do the same in both runs: it may depend on its weights and on PyTorch's random numbers, on nothing else
-    that changes. `rest` is kept as it is, so put nothing large there. Backward raises RuntimeError where the second run
-    saves other shapes than the first.
+    The block must do the same in both runs: it may depend on its weights and on PyTorch's random numbers, but on nothing
+    else that changes. `rest` is kept as it is, so put nothing large there. Backward raises RuntimeError when the second
+    run saves tensors of other shapes than the first.
     """
     layer = RecomputedLayer(block, x, rest, offload)
     with saved_tensors_hooks(uncompiled(layer.forget), layer.recall):
@@ -53,7 +53,7 @@ def recompute(block, x, *rest, offload: bool = False):
 
 
 def uncompiled(hook):
-    """The hook, hidden from --compile, which would compile it again for each length of its list."""
+    """The hook, hidden from the compiler (--compile), which would compile it again for each length of its list."""
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # (disable imports the compiler)
 
 
@@ -72,7 +72,7 @@ class RecomputedLayer:
         self.block, self.rest, self.device, self.needs_grad = block, rest, x.device, x.requires_grad
         self.x = to_host(x.detach()) if offload else x.detach()
         self.autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-        self.gpus = [] if kind == "cpu" else [x.device]  # their random state matters too, not only the CPU's
+        self.gpus = [] if kind == "cpu" else [x.device]  # dropout on a GPU uses that GPU's random state
         self.random = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self.gpus)]
         self.shapes = []  # of the tensors that the first run saved, in their order
         self.again: dict[int, torch.Tensor] = {}  # what the second run saved: number -> tensor
@@ -82,9 +82,9 @@ class RecomputedLayer:
         return len(self.shapes) - 1
 
     def recall(self, n: int):
-        if n not in self.again:  # backward asks for the first time; or a second backward through a retained graph
+        if n not in self.again:  # the first request; or a second backward through a retained graph
             self.again = dict(enumerate(self.run_again()))
-        return self.again.pop(n)  # each operator asks once: its tensors are freed when its backward is done
+        return self.again.pop(n)  # each tensor is asked for once, and freed when its operator's backward is done
 
     def run_again(self) -> list:
         saved = []
@@ -121,10 +121,10 @@ def to_host(x):
     if not x.is_cuda:  # a prediction: x stands for a GPU's tensor
         return x.to(device.host)
     host, copies = torch.empty_like(x, device=device.host, pin_memory=True), copy_stream(x.device)
-    copies.wait_stream(torch.cuda.current_stream(x.device))  # until x is computed
+    copies.wait_stream(torch.cuda.current_stream(x.device))  # wait until x is computed
     with torch.cuda.stream(copies):
         host.copy_(x, non_blocking=True)
-    x.record_stream(copies)  # x's memory serves another tensor only after the copy
+    x.record_stream(copies)  # x's memory is used for another tensor only after the copy
     return host
 
 
@@ -133,7 +133,7 @@ def to_device(x, device):
         return x
     if device.type != "cuda":
         return x.to(device)
-    torch.cuda.current_stream(device).wait_stream(copy_stream(device))  # until the copy out is complete
+    torch.cuda.current_stream(device).wait_stream(copy_stream(device))  # wait until the copy to the host is complete
     return x.to(device, non_blocking=True)
 
 

@@ -1,6 +1,7 @@
-"""Shared by all tests: the path, no network, and tiny models whose every parameter is random.
+"""Shared by all tests: the path, no network, and tiny models in which every parameter is random.
 
-Parity on default initialisation proves little: norms of ones and biases of zeros hide a swapped or dropped tensor.
+Equal logits at the default initialisation prove little. There norms are ones and biases are zeros, so a tensor that is
+swapped or dropped changes nothing.
 """
 import contextlib
 import dataclasses
@@ -12,7 +13,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the hub's client
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny tensors a second thread is a second waiting for the first
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny tensors, a second thread only waits for the first
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -37,7 +38,7 @@ PHI = {"model_type": "phi", "vocab_size": 4096, "hidden_size": 32, "intermediate
 
 
 def randomise(model, seed=0):
-    """Every parameter random, norms and biases too, with pre-activations of size 1-3."""
+    """Make every parameter random, norms and biases too, so that pre-activations are of size 1 to 3."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -82,7 +83,7 @@ def data_file(tmp_path):
 
 
 class NoPredictor:
-    """In place of ask.Predictor: a process for each of hundreds of tiny runs would take 4 seconds each."""
+    """Stands in for ask.Predictor, which would start a process of 4 seconds for each of hundreds of tiny runs."""
 
     def ask(self, cfg, steps):
         return self
@@ -105,7 +106,7 @@ REAL_PREDICTOR = ask.Predictor
 
 @pytest.fixture(scope="session", autouse=True)
 def no_prediction():
-    """test_predict.py has the prediction as it is."""
+    """No test predicts, except those of test_predict.py, which put the real Predictor back."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(ask, "Predictor", NoPredictor)
         yield
@@ -113,7 +114,7 @@ def no_prediction():
 
 @pytest.fixture
 def on_device():
-    """on_device(half=torch.float16, ...): until the test ends, the CPU is a device with these answers."""
+    """on_device(half=torch.float16, ...): until the test ends, the CPU's Device gives these answers."""
     with contextlib.ExitStack() as stack:
         yield lambda **answers: stack.enter_context(
             pretend("cpu", dataclasses.replace(device_of("cpu"), rooms={}, **answers)))

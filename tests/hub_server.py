@@ -1,11 +1,11 @@
-"""A model hub on 127.0.0.1 for the real huggingface_hub client: as much of the protocol as a download asks for.
+"""A model hub on 127.0.0.1 for the real huggingface_hub client: the part of the protocol that a download uses.
 
     GET       /api/models/REPO[/revision/REV]     what is in it, and the commit
     GET       /api/models/REPO/tree/REV           the same with sizes (newer clients)
     HEAD GET  /REPO/resolve/REV/FILE              a file; weights are redirected to /cdn/, as the hub does with large files
 
-It misbehaves on demand: `gated` (repositories), `cut` (names of files that break off half-way, every time) and `dead`
-(every connection is noted and closed). `requests` is what was asked for, in order.
+A test can make it fail: `gated` holds repositories that refuse access, `cut` the names of files whose download always breaks
+off half-way, and `dead` closes every connection after noting it. `requests` lists what was asked for, in order.
 """
 import hashlib
 import json
@@ -99,7 +99,7 @@ class Hub:
         if m := re.fullmatch(r"bytes=(\d+)-", h.headers.get("Range", "")):
             start, status = int(m[1]), 206
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        # A file that breaks off does so at one place, however often and from wherever it is asked for.
+        # Such a file always breaks off at the same place, however often and from whatever offset it is requested.
         end = len(body) // 2 if file in self.cut else len(body)
         send(h, status, body[start:end], headers, promised=len(body) - start)
 
@@ -109,7 +109,7 @@ def etag(path: Path) -> str:
 
 
 def send(h, status, body, headers=None, promised=None):
-    """A response; `promised` bytes are announced, and where the body has fewer the connection is closed."""
+    """Send a response that announces `promised` bytes. If the body has fewer, the connection is closed."""
     if not isinstance(body, bytes):
         body, headers = json.dumps(body).encode(), {**(headers or {}), "Content-Type": "application/json"}
     promised = len(body) if promised is None else promised

@@ -1,4 +1,4 @@
-"""Runs of train.main on tiny models, and what their files say. For test_train.py and test_invariance.py."""
+"""Runs of train.main on tiny models, and readers for the files that they leave."""
 import json
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def options(out, model, data, **more) -> train.TrainConfig:
 
 
 def run(out, model, data, **more) -> list[dict]:
-    """Train; the optimizer steps of metrics.jsonl."""
+    """Train, and return the optimizer steps of metrics.jsonl."""
     train.main(options(out, model, data, **more))
     return steps(out)
 
@@ -29,10 +29,10 @@ def evaluations(out) -> list[dict]:
 
 
 def timeless(xs: list[dict]) -> list[dict]:
-    """Without what no two runs share."""
+    """The same lines without the times, which differ from run to run."""
     return [{k: v for k, v in x.items() if k not in ("step_s", "tokens_per_s")} for x in xs]
 
 
 def no_picture(monkeypatch):
-    """loss.png takes matplotlib longer than these runs take to train."""
+    """Leave out loss.png: it takes matplotlib longer to draw it than these runs take to train."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **kw: Path(path).touch())

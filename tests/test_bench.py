@@ -1,5 +1,6 @@
-"""The bench in miniature. The rows' processes are stubbed, except for one real table at the end."""
+"""The bench on tiny models. The processes of the rows are replaced by a stub, except in one real table at the end."""
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from techniques import lora_init, optim
 
 
 def a_run(peak=100_000_000, speed=500.0, gpu=False, predicted=0.98, **more) -> dict:
-    """What run_one gives: summary.json, and the three things it adds."""
+    """What run_one returns: summary.json, and the three entries that it adds."""
     parts = {c: peak // len(memory.CATEGORIES) for c in memory.CATEGORIES}
     parts[memory.CATEGORIES[0]] += peak - sum(parts.values())
     return {"params": {"total": 2000, "trainable": 100, "percent": 5.0},
@@ -32,14 +33,14 @@ def a_run(peak=100_000_000, speed=500.0, gpu=False, predicted=0.98, **more) -> d
 
 
 def peak_of(row) -> int:
-    """A memory that depends on the row, so that tables and pictures have something to show."""
+    """A peak that depends on the row, so that rows differ in tables and pictures."""
     sizes = row.get("sizes", {"length": len(row["options"]) + 1, "batch": 1, "layers": 1})
     return 20_000_000 + 1000 * sizes["length"] * sizes["batch"] * sizes["layers"]
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """The rows that were run, in order; what they give can be replaced through started.answer."""
+    """The names of the rows that were run, in order. A test may replace started.answer, which makes their results."""
     class Started(list):
         answer = staticmethod(lambda row: a_run(peak_of(row)))
     ran = Started()
@@ -53,7 +54,7 @@ def started(monkeypatch):
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    """Matplotlib takes longer than the rest of these tests together."""
+    """Draw no picture: matplotlib takes longer than the rest of these tests together."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **kw: open(path, "w").close())
 
 
@@ -189,7 +190,7 @@ def test_fits_find_the_law_of_synthetic_data():
     assert tables.exponent(xs, [3 * x ** 1.7 for x in xs]) == pytest.approx(1.7)
     a, b, worst = tables.line_fit(xs, [5e8 + 2e5 * x for x in xs])
     assert (a, b) == (pytest.approx(5e8), pytest.approx(2e5)) and worst < 1e-6
-    assert tables.line_fit([1, 2, 3], [1, 2, 4])[2] == pytest.approx(100 / 6)  # 5/6 instead of 1
+    assert tables.line_fit([1, 2, 3], [1, 2, 4])[2] == pytest.approx(100 / 6)  # the line is 5/6 where the point is 1
 
 
 def test_the_worst_prediction_is_named(started, no_picture, tmp_path):
@@ -341,7 +342,7 @@ def test_a_real_grid(gpt2_folder, data_file, tmp_path, monkeypatch):
     peaks = [r["median"]["memory"]["measured_peak"] for r in rows]
     assert 1.5 * peaks[0] < peaks[1], "the peak grows with the micro-batch"
     assert {r["median"]["examples"] for r in rows} == {36} and all(r["median"]["step_s"] > 0 for r in rows)
-    losses = [r["median"]["loss"]["val_after"] for r in rows]  # dropout differs, nothing else
+    losses = [r["median"]["loss"]["val_after"] for r in rows]  # only the dropout differs
     assert max(losses) - min(losses) < 0.02
     assert (tmp_path / "grid-gpt2-tiny.png").stat().st_size > 5000
 
@@ -357,7 +358,7 @@ def test_the_peer_runs_the_job(gpt2_folder, data_file, monkeypatch):
     result = transformers_peft.main(args)
     assert len(result["losses"]) == 3 and result["losses"][0] == result["loss"]["first"] and result["examples_per_s"] > 0
     assert set(result["memory"]) == set(a_run()["memory"])
-    # the same start, the same rows held out: before a step there is no difference in the loss but bfloat16's
+    # The same start and the same held-out rows: before the first step the losses differ by bfloat16's rounding only.
     args.lr, args.steps = 0.0, 1
     mine = runs.options(gpt2_folder.parent / "out", gpt2_folder, data_file, steps=1, template="alpaca", amp=True,
                         lora_targets="c_attn", batch_size=4)
@@ -370,5 +371,5 @@ def test_the_peer_runs_the_job(gpt2_folder, data_file, monkeypatch):
 def test_without_the_peers_packages_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "bench.transformers_peft", raising=False)
-    with pytest.raises(SystemExit, match="^error: bench/transformers_peft.py needs peft, .*requirements-dev.txt$"):
-        from bench import transformers_peft  # noqa: F401
+    with pytest.raises(SystemExit, match="^error: bench/transformers_peft.py needs peft: .*requirements-dev.txt$"):
+        importlib.import_module("bench.transformers_peft")

@@ -29,7 +29,7 @@ KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 class Place:
-    """Model folders by family and kind, written by transformers when a test first asks for them."""
+    """place(family, kind) -> a model folder, written by transformers when a test first asks for it."""
 
     def __init__(self, root):
         self.root = root
@@ -69,7 +69,7 @@ def damaged(place, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "tied"])
 @KIND
 def test_codes_and_scales_are_the_files_and_our_own(family, kind, place):
-    """The file's tensors, bit for bit; and what --bits makes of the 16-bit folder they came from."""
+    """Equal bit for bit: the layer, the tensors of the file, and what --bits makes of the 16-bit folder."""
     folder, bits = place(family, kind), KINDS[kind][2]
     files = weights.weight_files(folder)
     stored = {k: t for f in files for k, t in load_file(f).items()}
@@ -98,7 +98,7 @@ def test_codes_and_scales_are_the_files_and_our_own(family, kind, place):
 
 
 def hf_dequantised(folder):
-    """(transformers' model of the folder, the same in float32 with the weights that bitsandbytes dequantises)"""
+    """transformers' model of the folder, and the same model in float32 with the weights that bitsandbytes dequantises."""
     import transformers
     from bitsandbytes import functional as B
     low = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
@@ -127,7 +127,7 @@ def hf_dequantised(folder):
 @FAMILIES
 @KIND
 def test_logits_are_transformers_own(family, kind, place):
-    """In float32 from the dequantised weights: only the order of additions differs. In bfloat16, its rounding."""
+    """From the dequantised weights: in float32 only the order of additions differs, in bfloat16 also the rounding."""
     folder = place(family, kind)
     low, exact = hf_dequantised(folder)
     ours = weights.load(folder, bits=KINDS[kind][2])
@@ -142,7 +142,7 @@ def test_logits_are_transformers_own(family, kind, place):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_bits_are_those_stored(kind, place, data_file, tmp_path, monkeypatch):
-    """Absent, they are the stored ones; others are refused, with the way out; nothing is trained in full."""
+    """Without --bits the stored bits are used. Other bits and --full are refused, and the message says what to do."""
     no_picture(monkeypatch)
     folder, bits = place("llama", kind), KINDS[kind][2]
     for other in {32, 16, 8, 4} - {bits}:
@@ -179,7 +179,7 @@ def test_generate_takes_the_stored_bits(kind, place, capsys):
 
 @FAMILIES
 def test_an_adapter_trained_on_4_bit_weights_in_peft_over_bitsandbytes(family, place, data_file, tmp_path, monkeypatch):
-    """The same codes under it, in float32: what is left is the order of additions."""
+    """Over the same codes in float32, only the order of additions differs."""
     peft = pytest.importorskip("peft")
     no_picture(monkeypatch)
     run(tmp_path / "out", place.root / family, data_file, bits=4, amp=True, steps=3, lora_r=4, lr=3e-2)
@@ -188,7 +188,7 @@ def test_an_adapter_trained_on_4_bit_weights_in_peft_over_bitsandbytes(family, p
         before = exact(IDS).logits
         theirs = peft.PeftModel.from_pretrained(exact, tmp_path / "out" / "adapter").eval()(IDS).logits
         ours = peft_files.load(weights.load(place.root / family, bits=4), tmp_path / "out" / "adapter").float().eval()(IDS)
-        low = hf_dequantised(place(family, "nf4-double"))[0]  # and over its own low-bit layers, in bfloat16
+        low = hf_dequantised(place(family, "nf4-double"))[0]  # and PEFT over bitsandbytes' own layers, in bfloat16
         half = peft.PeftModel.from_pretrained(low, tmp_path / "out" / "adapter").eval()(IDS).logits.float()
     assert (ours - theirs).abs().max() < 3e-5 * theirs.std()
     moved = (theirs - before).std()
@@ -202,7 +202,7 @@ STATE = f"{Q}.weight.quant_state.bitsandbytes__nf4"
 
 
 def change(part, f):
-    """Replace one tensor that belongs to Q by f(it); None drops it."""
+    """Replace one tensor that belongs to Q by f(tensor). Without f, drop it."""
     def damage(folder):
         old = load_file(folder / "model.safetensors").get(f"{Q}.{part}")
         edit(folder, **{f"{Q}.{part}": f(old) if f else None})
@@ -225,7 +225,7 @@ def change_config(**changes):
 
 
 def fp4(folder):
-    """Of the codes only: config.json says nf4."""
+    """The codes are declared fp4, although config.json says nf4."""
     tensors = load_file(folder / "model.safetensors")
     edit(folder, **{STATE: None, STATE.replace("nf4", "fp4"): tensors[STATE]})
 
@@ -269,7 +269,7 @@ DAMAGED = {  # kind, how it is damaged, what the line must hold
                                   f"{Q.replace('q_', 'v_')}.weight"),
     "missing codes": ("nf4", change("weight", None), f"{Q}.weight"),
     "codes of a norm": ("nf4", lambda d: edit(d, **{"model.norm.weight": torch.ones(64, dtype=torch.uint8)}),
-                        "tensor model.norm.weight holds torch.uint8; quantised how"),
+                        "tensor model.norm.weight holds torch.uint8, and config.json does not say how"),
 }
 
 

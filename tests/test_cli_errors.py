@@ -1,7 +1,6 @@
-"""What goes wrong at the command line ends in one line that names the culprit, and leaves no output folder behind.
+"""An error at the command line ends in one line that names its cause, and leaves no output folder behind.
 
-Starting PyTorch takes seconds, so most cases call what train.py's last lines call, in this process; the others, at least
-one for each program, are true runs.
+Starting PyTorch takes seconds. So most cases call main() in this process, and at least one for each program is a command.
 """
 import json
 import os
@@ -26,7 +25,7 @@ from files import peft_files, weights
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a good model, data, an adapter and a finished run, for all cases: none of them may change it."""
+    """A folder for all cases, with a good model, data, an adapter and a finished run. No case may change it."""
     base = tmp_path_factory.mktemp("place")
     make_folder(base / "good", "gpt2")
     make_folder(base / "other", "gpt2", n_embd=48)
@@ -83,7 +82,7 @@ def check(message, says):
     assert re.search(says, message), message
 
 
-# --model good --data data.jsonl --out new --max-length 64 stand in front of each case, which may say otherwise
+# Each case is appended to --model good --data data.jsonl --out new --max-length 64, and may replace these options.
 TRAIN = {
     "torn weights": ("--model torn", "torn/model.safetensors: not a whole safetensors file"),
     "unknown model": ("--model gpt5", "--model gpt5: no such folder, and no short name .* org/name"),
@@ -130,7 +129,7 @@ TRAIN = {
     "full in 8 bit": ("--full --bits 8 --amp", "--bits 8 with --full: .*adapters, without --full"),
     "full in 4 bit": ("--full --bits 4", "--bits 4 with --full: .*adapters, without --full"),
     "64 does not divide": ("--bits 4 --amp --model narrow",
-                           "narrow/model.safetensors: tensor transformer.h.0.attn.c_attn.weight: 1,200 weights are no "
+                           "narrow/model.safetensors: tensor transformer.h.0.attn.c_attn.weight: 1,200 weights are not a "
                            "multiple of 64.*--bits 8 or 16"),
     "NaN in 8 bit": ("--bits 8 --amp --model undefined", "undefined/.*transformer.h.2.attn.c_proj.weight: .*not finite"),
     "NaN in 4 bit": ("--bits 4 --amp --model undefined", "undefined/.*transformer.h.2.attn.c_proj.weight: .*not finite"),
@@ -162,7 +161,7 @@ BASE = ["--model", "good", "--data", "data.jsonl", "--out", "new", "--max-length
 
 
 def arguments(words, place):
-    """Relative names are meant below `place`; what does not look like a file or folder of ours stays as it is."""
+    """The words, with the names of files and folders in `place` made absolute."""
     names = {f.name for f in place.iterdir()} | {"new", "none.jsonl", "none.jinja"}
     return [str(place / w) if w.partition("/")[0] in names else w for w in words]
 
@@ -222,7 +221,7 @@ def test_merge(words, says, place):
     check(str(e.value), says)
 
 
-# ---------------------------------------------------------------------------------------------- true runs
+# ---------------------------------------------------------------------------------------------- real commands
 
 def command(place, words, **more):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -247,7 +246,7 @@ def test_true_runs(words, says, place):
 
 
 def test_disk_full_while_training(place, tmp_path):
-    """A limit on the size of files stands in for the full disk. What a run has written before it stays, whole."""
+    """A limit on the size of files stands in for the full disk. The files that were written before stay whole."""
     limit = 30_000
     assert (place / "run" / "state" / "state.safetensors").stat().st_size > limit
     assert (place / "run" / "metrics.jsonl").stat().st_size < limit
@@ -269,7 +268,7 @@ def test_disk_full_while_training(place, tmp_path):
 
 
 def test_the_good_ones_work(place, tmp_path, capsys):
-    """The same inputs without the flaw go through, so that the cases above fail for the flaw."""
+    """The same inputs without the errors work, so each case above fails because of its error."""
     both = arguments(["--model", "good", "--adapter", "run/adapter"], place)
     generate.main([*both, "--prompt", "hi", "--max-new-tokens", "2"])
     export.main(["merge", *both, "--out", str(tmp_path / "m")])

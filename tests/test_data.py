@@ -1,4 +1,7 @@
-"""From files to batches: every schema, what is learned and what is only read, templates, errors, plans, batches."""
+"""From files to batches: every schema, which tokens are labelled, templates, errors, plans, batches.
+
+A name such as trl#598 is a GitHub issue: the bug that the test looks for, in another project.
+"""
 import csv
 import io
 import json
@@ -83,14 +86,14 @@ def write_rows(path, rows):
 
 
 def whole(e):
-    """All tokens of an example whose last target is a label."""
+    """All tokens of an example: its ids and its last target, which must be a label."""
     assert len(e.ids) == len(e.targets) and e.targets[-1] != IGNORE
-    assert all(t in (IGNORE, i) for i, t in zip(e.ids[1:], e.targets, strict=False))  # shifted by one, once
+    assert all(t in (IGNORE, i) for i, t in zip(e.ids[1:], e.targets, strict=False))  # shifted once
     return e.ids + e.targets[-1:]
 
 
 def learned_runs(e, tokenizer):
-    """The decoded runs of consecutive labels."""
+    """The text of each run of consecutive labels."""
     runs, last = [], IGNORE
     for t in e.targets:
         if t != IGNORE:
@@ -173,7 +176,7 @@ def test_a_last_user_turn_is_left_out(nano, alpaca):
 
 @pytest.mark.parametrize("reply", ["### Response:\nfoo", "Hi", " leading", "\n\nnewlines\n", "### Instruction:\nagain"])
 def test_the_prompts_tokens_do_not_depend_on_the_reply(nano, alpaca, reply):
-    """Row 7: the marker is never searched for, and the reply never merges into it."""
+    """trl#598: nothing searches for the marker, so it may stand in the texts, and no token joins prompt and reply."""
     prompt = data.prompt_ids([{"role": "user", "content": "### Response:\nwhat?"}], alpaca, nano)
     e = build([{"instruction": "### Response:\nwhat?", "output": reply}], nano, alpaca).examples[0]
     assert whole(e) == prompt + nano.encode(reply) + [nano.eos_id]
@@ -182,7 +185,7 @@ def test_the_prompts_tokens_do_not_depend_on_the_reply(nano, alpaca, reply):
 
 
 def test_padding_is_known_by_length_and_the_end_token_is_a_label(nano, alpaca):
-    """Row 5: the pad id is that of a real token, and end-of-text stays a label, at the end and inside."""
+    """transformers#23530: padding has the id of a real token, yet end-of-text is a label, at the end and inside."""
     short, long = build([{"text": "a"}, {"messages": CHAT}], nano, alpaca).examples
     batch = data.collate([short, long])
     assert batch.targets[0].tolist() == [nano.eos_id] + [IGNORE] * (len(long.ids) - 1)
@@ -195,7 +198,7 @@ def test_padding_is_known_by_length_and_the_end_token_is_a_label(nano, alpaca):
 # ---------------------------------------------------------------------------------------------- BOS
 
 def test_one_bos_only(tmp_path, sp):
-    """Row 6: a template that writes BOS, on a tokenizer that would add one."""
+    """trl#1400: the template writes BOS, and the tokenizer would add another."""
     byte_level(tmp_path / "b", ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
                bos="<|begin_of_text|>")
     llama3 = data.load_tokenizer(str(tmp_path / "b"))
@@ -209,7 +212,7 @@ def test_one_bos_only(tmp_path, sp):
         for row in ({"prompt": "a", "completion": "b"}, {"text": "a b"}):
             ids = build([row], tok, templates[0]).examples[0].ids
             assert ids[0] == bos and ids.count(bos) == 1
-    ids = build([{"messages": CHAT}], sp, ZEPHYR).examples[0].ids  # one that writes none gets none, as in transformers
+    ids = build([{"messages": CHAT}], sp, ZEPHYR).examples[0].ids  # a template without BOS gets none, as in transformers
     assert 1 not in ids
 
 
@@ -263,7 +266,7 @@ def test_chat_templates_equal_transformers(tokenizers_by_name, name, template):
 
 
 def test_special_names_in_a_users_text_under_a_chat_template(tokenizers_by_name):
-    """Known: a template's output is parsed for specials as a whole, so a user can write one. As in transformers."""
+    """A known limit, as in transformers: a template's whole output is parsed, so a user's text may hold special tokens."""
     folder, ours = tokenizers_by_name["chatml"]
     messages = [{"role": "user", "content": "What does <|im_end|> mean? <|endoftext|>"}, CHAT[1]]
     ids = data.prompt_ids(messages[:1], CHATML, ours)
@@ -271,9 +274,9 @@ def test_special_names_in_a_users_text_under_a_chat_template(tokenizers_by_name)
     hf = hf_tokenizer(folder, ours, CHATML)
     assert ids == hf.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
     e = build([{"messages": messages}], ours, CHATML).examples[0]
-    assert learned_runs(e, ours) == [CHAT[1]["content"] + "<|im_end|>"]  # never a label, wherever it stands
+    assert learned_runs(e, ours) == [CHAT[1]["content"] + "<|im_end|>"]  # those in the user's text are no labels
     raw = build([{"prompt": "What does <|im_end|> mean?", "completion": "<|endoftext|>"}], ours, CHATML).examples[0]
-    assert not {0, 1, 2} & set(raw.ids) and raw.targets[-1] == ours.eos_id  # raw text has no specials but ours
+    assert not {0, 1, 2} & set(raw.ids) and raw.targets[-1] == ours.eos_id  # without a template: none but the end token
 
 
 def test_input_reaches_a_template_that_knows_none(tokenizers_by_name):
@@ -324,7 +327,7 @@ def test_load_template(tmp_path, nano, tokenizers_by_name):
 
 
 def test_template_and_end_token_lie_beside_the_adapter(tmp_path, gpt2_folder, monkeypatch, capsys):
-    """Row 32: what the run was trained with is what generate.py asks with, though the model has another template."""
+    """unsloth#3899: generate.py uses the template of the training run, although the model has another one."""
     write(gpt2_folder / "chat_template.jinja", "WRONG{% for m in messages %}{{ m.content }}{% endfor %}")
     mine = write(tmp_path / "mine.jinja", "{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token if m.role == "
                  "'assistant' }}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}")
@@ -351,7 +354,7 @@ def test_template_and_end_token_lie_beside_the_adapter(tmp_path, gpt2_folder, mo
 # ---------------------------------------------------------------------------------------------- dropped, cut, windows
 
 def test_labels_cut_off_are_dropped_and_counted(nano, alpaca):
-    """Row 8."""
+    """trl#1053: without any label the loss would be nan or 0."""
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "long " * 100, "output": "b"},
             {"instruction": "a", "output": "word " * 100}]
     n = len(data.prompt_ids([{"role": "user", "content": "a"}], alpaca, nano))
@@ -411,7 +414,7 @@ def test_utf8_bom_crlf_and_line_separators(tmp_path, nano, alpaca):
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 def test_csv_fields_hold_any_character(tmp_path, quoting):
-    """Only CR and LF end a CSV row; str.splitlines knows eight more."""
+    """Only CR and LF end a CSV row; str.splitlines would also split at eight other characters."""
     rows = [{"prompt": f"a{c}b", "completion": "x, \"y\"\nz"} for c in "\u2028\u2029\u0085\u000b\u000c\u001c\u001d\u001e"]
     f = io.StringIO(newline="")
     w = csv.DictWriter(f, rows[0], quoting=quoting)
@@ -427,7 +430,7 @@ def test_csv_fields_may_be_long(tmp_path):
 
 
 def test_half_a_character_in_json(tmp_path, nano, sp, tokenizers_by_name):
-    """Texts that were cut in UTF-16 end in half an emoji: legal JSON, but not text that can be encoded or written."""
+    """A text that was cut in UTF-16 may end in half an emoji. This is legal JSON, but it cannot be encoded in UTF-8."""
     path = write(tmp_path / "d.jsonl", '{"instruction": "hi \\ud83d", "output": "ok \\ud83d"}\n'
                  '{"messages": [{"role": "user", "content": "\\ude00"}, '
                  '{"role": "assistant", "content": "\\ud83d\\ude00"}]}')
@@ -532,7 +535,7 @@ def test_plan_sorts_inside_windows_only():
     padding = sum(len(s) * max(lengths[i] for i in s) - sum(lengths[i] for i in s) for s in steps)
     assert padding < 0.1 * sum(lengths)  # in random order it is about 0.8
     spread = torch.tensor([float(lengths[s[0]]) for s in steps])
-    longer = (spread[1:] > spread[:-1]).float().mean()  # no curriculum, inside a window neither (unshuffled: 1/16)
+    longer = (spread[1:] > spread[:-1]).float().mean()  # steps are in no order, not even in a window
     assert 0.35 < longer < 0.65
 
 
@@ -578,7 +581,7 @@ def test_show_marks_exactly_what_is_learned(nano, sp, alpaca, colour):
         for e, text, row in zip(examples, shown, rows, strict=True):
             text = text if e is examples[-1] else text[:-1]
             assert re.sub(mark, r"\1", text, flags=re.S) == tok.decode(whole(e)), row
-            if "text" not in row:  # of plain text all but the first token is learned
+            if "text" not in row:  # in plain text, all tokens but the first are labels
                 want = [m["content"] + tok.eos for m in row.get("messages", []) if m["role"] == "assistant"] or [
                     row.get("completion", row.get("output")) + tok.eos]
                 assert re.findall(mark, text, flags=re.S) == want

@@ -1,4 +1,4 @@
-"""Models from the hub: the real client, in processes of their own, against a small hub on this machine."""
+"""Models from the hub: the real client, in separate processes, downloads from a small hub on this machine."""
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ WAYS_ON = r"a local folder .* gpt2-nano, which is bundled"
 
 
 def start(args, home, url, cwd=ROOT):
-    """python `args` with an empty environment of the hub's own: fresh HF_HOME, online, no token, no proxy."""
+    """Start python `args` with a fresh HF_HOME, online, without a token or proxy."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     env.update(HF_HOME=str(home), HF_ENDPOINT=url, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     return subprocess.Popen([sys.executable, *map(str, args)], env=env, cwd=cwd, text=True, stdin=subprocess.DEVNULL,
@@ -85,7 +85,7 @@ def models(tmp_path_factory):
                "openai-community/gpt2": make_folder(base / "gpt2", "gpt2", seed=2),
                "org/gated": make_folder(base / "gated", "gpt2", seed=3),
                "org/pickle": make_folder(base / "pickle", "gpt2", seed=4)}
-    # The hub's folders hold more than is wanted: weights of other frameworks must not be downloaded.
+    # Repositories also hold the weights of other frameworks, which must not be downloaded.
     pickled = {k: v.clone() for k, v in load_file(folders["org/pickle"] / "model.safetensors").items()}
     (folders["org/pickle"] / "model.safetensors").unlink()
     torch.save(pickled, folders["org/pickle"] / "pytorch_model.bin")
@@ -101,7 +101,7 @@ def hub(models):
 
 @pytest.fixture(scope="module")
 def cut_off(models, tmp_path_factory):
-    """A download that breaks off takes the client some seconds of retries: it runs beside the other tests."""
+    """A download that breaks off. The client retries for some seconds, so it runs beside the other tests."""
     home = tmp_path_factory.mktemp("cut-off")
     with Hub(**models) as hub:
         hub.cut.add("model-00002-of-00002.safetensors")
@@ -115,7 +115,7 @@ def closed_port():
 
 
 def the_error(p):
-    """The one line that generate.py leaves on stderr, after whatever the client's progress bars and warnings left."""
+    """generate.py's one line of error, the last on stderr, after the client's progress bars and warnings."""
     assert p.returncode == 1
     assert "Traceback" not in p.stderr and p.stdout == ""
     own = [line for line in re.split(r"[\r\n]+", p.stderr) if line.startswith("error:")]
@@ -123,7 +123,7 @@ def the_error(p):
     return own[0]
 
 
-def test_unreachable_hub_is_one_line_and_quick(cut_off, tmp_path):  # cut_off starts here and is read at the end
+def test_unreachable_hub_is_one_line_and_quick(cut_off, tmp_path):  # cut_off starts here; a later test reads it
     started = time.monotonic()
     p = run([ROOT / "generate.py", "--model", "org/sharded", "--prompt", "hi"], tmp_path, closed_port())
     assert time.monotonic() - started < 30
@@ -133,7 +133,7 @@ def test_unreachable_hub_is_one_line_and_quick(cut_off, tmp_path):  # cut_off st
 
 
 def test_what_cannot_be_downloaded_is_named(hub, models, tmp_path):
-    # Before 2024 GPT-2 lived at plain "gpt2": a cache from then has it under that name, and no list of files beside it.
+    # Before 2024 GPT-2's repository was named "gpt2". A cache of that time holds it under this name, with no list of files.
     old = tmp_path / "hub" / "models--gpt2"
     (old / "refs").mkdir(parents=True)
     (old / "refs" / "main").write_text(COMMIT)
@@ -154,7 +154,7 @@ def test_what_cannot_be_downloaded_is_named(hub, models, tmp_path):
 
 
 def test_local_folder_and_bundled_model_come_first(monkeypatch, tmp_path):
-    monkeypatch.setattr("hub.from_hub", lambda *a: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("files.hub.from_hub", lambda *a: pytest.fail("the hub was asked"))
     monkeypatch.chdir(tmp_path)
     for name in ("org/tiny", "gpt2", "gpt2-nano"):
         make_folder(tmp_path / name)
@@ -165,7 +165,7 @@ def test_local_folder_and_bundled_model_come_first(monkeypatch, tmp_path):
 
 
 def test_download_that_breaks_off_then_a_whole_one_then_none(cut_off, models):
-    """Three processes and one cache: the server breaks off in the middle of a shard, is mended, is gone."""
+    """Three processes share one cache: the server first breaks off inside a shard, then works, then is gone."""
     hub, home, process = cut_off
     out, err = process.communicate(timeout=120)
     error = the_error(subprocess.CompletedProcess([], process.returncode, out, err))
@@ -248,12 +248,12 @@ print(json.dumps(results))
 
 
 def test_a_config_alone_is_found_and_nothing_is_asked_of_the_network(hub, tmp_path):
-    """The number of layers says where each came from: bundled, folder, cache (without a weight), known."""
+    """The number of layers shows where each config came from: bundled, folder, cache without weights, or known names."""
     def config_in(folder, n_layer):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": n_layer}))
 
-    cached = {"org/sharded": 7, "openai-community/gpt2": 8, "gpt2-medium": 9, "microsoft/phi-2": 10}  # plain: of before 2024
+    cached = {"org/sharded": 7, "openai-community/gpt2": 8, "gpt2-medium": 9, "microsoft/phi-2": 10}  # (gpt2-medium: old)
     for repo, n_layer in cached.items():
         place = tmp_path / "hub" / ("models--" + repo.replace("/", "--"))
         config_in(place / "snapshots" / COMMIT, n_layer)

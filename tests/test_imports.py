@@ -1,4 +1,4 @@
-"""The plan of the house, read from the source: which file may import which, and that it works from any folder."""
+"""Which file may import which, read from the source; and that the commands work from any folder."""
 import ast
 import importlib.metadata
 import json
@@ -11,10 +11,10 @@ from conftest import ROOT, make_data, make_folder
 
 MODELS = {"gpt2", "llama", "phi"}
 COMMANDS = {"train", "generate", "export"}
-# From the ground up. A file imports from its own floor and from those below.
+# Floors, the lowest first. A file imports from its own floor and from those below.
 FLOORS = [{"errors"}, {"techniques"}, {*MODELS, "lora", "memory"}, {"files"}, {"data"}, {"run"}, {"ledger"}, COMMANDS,
           {"bench"}]
-# The two things that others take from a command: how to sample, and the training step, which the prediction runs.
+# Only two files import from a command: train.py takes generate.py's sampling, and the prediction runs the training step.
 FROM_COMMANDS = {("train", "generate"), ("ledger.predict", "train")}
 FOLDERS = {"techniques", "files", "run", "ledger", "bench"}
 CORE = ("train", "gpt2", "lora", "techniques.loss", "techniques.recompute", "techniques.attention")
@@ -24,7 +24,7 @@ SOURCES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__
 
 
 def imports(name: str) -> set[str]:
-    """Of this project's modules those that `name` imports, at the top of the file or inside a function."""
+    """This project's modules that `name` imports, at the top of the file or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -47,7 +47,7 @@ GRAPH = {name: imports(name) for name in SOURCES}
 def test_every_file_has_a_floor_and_is_read():
     assert {name.partition(".")[0] for name in SOURCES} == set().union(*FLOORS)
     assert {f for f in ROOT.glob("*/*.py") if f.parent.name != "tests"} <= set(SOURCES.values())
-    assert sum(map(len, GRAPH.values())) > 100 and "techniques.nf4_triton" in GRAPH["techniques.device"]  # a lazy one
+    assert sum(map(len, GRAPH.values())) > 100 and "techniques.nf4_triton" in GRAPH["techniques.device"]  # in a function
 
 
 def test_no_circle():
@@ -83,7 +83,7 @@ def test_the_core_is_an_afternoon():
 
 
 def test_no_name_is_taken():
-    """Neither by Python nor by a package that the requirements bring: the root is on sys.path while a command runs."""
+    """No module has a name of Python's or of an installed package: the root is on sys.path while a command runs."""
     names = {name.partition(".")[0] for name in SOURCES}
     assert not names & set(sys.stdlib_module_names)
     assert not names & set(importlib.metadata.packages_distributions())
@@ -91,7 +91,7 @@ def test_no_name_is_taken():
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """A working directory, and a PYTHONPATH whose modules have our names and fail when they are imported."""
+    """A working directory, with a PYTHONPATH whose modules have this project's names and fail when they are imported."""
     place = tmp_path_factory.mktemp("elsewhere")
     make_folder(place / "tiny", "gpt2")
     make_data(place / "rows.jsonl", 12)
@@ -109,7 +109,7 @@ def python(place, *words):
 
 
 def test_the_commands_run_from_anywhere(elsewhere):
-    """The bundled files, the prediction's process, the commit and a model's relative path are found."""
+    """They find the bundled files, the prediction's process, the commit and a model's relative path."""
     python(elsewhere, ROOT / "train.py", "--model", "tiny", "--data", "rows.jsonl", "--steps", 3, "--samples", 0,
            "--max-length", 128, "--out", "run")
     memory = json.loads((elsewhere / "run" / "summary.json").read_text())["memory"]

@@ -1,16 +1,17 @@
-"""One recorded trajectory, loss and gradient norm a step, that every equivalent configuration must follow.
+"""One recorded trajectory (loss and gradient norm of each step) that every equivalent configuration must follow.
 
-Micro-batches, recomputed layers, packing, the loss's chunks and a resumed run are ways to lay out the same sum. In exact
-arithmetic the numbers would be equal; in float32 another order of additions moves a loss by some 1e-7 of itself, and AdamW
-hands a part of that on to the next step. Each relative difference is held twice, at some ten times what was observed:
+Micro-batches, recomputed layers, packing, the loss's chunks and a resumed run compute the same sum in different layouts. In
+exact arithmetic the numbers would be equal. In float32 another order of additions changes a loss by about 1e-7 of its value,
+and AdamW carries a part of this difference to the next step. The relative differences have two limits, each about ten times
+what was observed:
 
     MAX   any one step           observed 7.5e-7 (a gradient norm of llama-full, packed)
-    MEAN  the signed mean        observed 1.2e-7. Rounding falls to both sides and cancels; a bug such as a label counted
-                                 twice pushes every step the same way, and shows here while it is still below MAX.
+    MEAN  the signed mean        observed 1.2e-7. Rounding errors have both signs and cancel. A bug such as a label that is
+                                 counted twice moves every step in the same direction: MEAN notices it even below MAX.
 
-Over weights in 8 and 4 bits the products are in bfloat16, which rounds 65,000 times as coarsely, and a batch of another
-shape is summed, so rounded, in another order. Observed in llama-4bit: any loss 6e-4, any gradient norm 9e-3; means 8e-5 and
-2.4e-3. HALF allows some five times that. What leaves the shapes as they are is held to MAX and MEAN there too.
+With weights in 8 and 4 bits the products are in bfloat16, which rounds 65,000 times as coarsely. A batch of another shape is
+summed, and so rounded, in another order. Observed in llama-4bit: at most 6e-4 in a loss and 9e-3 in a gradient norm; means
+8e-5 and 2.4e-3. HALF allows about five times as much. Changes that keep the shapes must stay within MAX and MEAN there too.
 
     python tests/test_invariance.py [CASE ...]    records tests/reference/trajectories.json anew (after a wanted change)
 """
@@ -34,11 +35,11 @@ MAX, MEAN = 1e-5, 2e-6
 EXACT = {"loss": (MAX, MEAN), "grad_norm": (MAX, MEAN)}
 HALF = {"loss": (3e-3, 5e-4), "grad_norm": (5e-2, 1.2e-2)}
 BAND = 1e-3, 4e-4  # 8-bit states beside 32-bit ones; observed 1.8e-4, 3.9e-5
-RECORDED = 1e-3  # of the JSON: another machine's products add up in another order (in bfloat16: HALF, for the same reason)
+RECORDED = 1e-3  # of the JSON's numbers: another machine adds products in another order (in bfloat16: HALF)
 CASES = {f"{family}-{mode}": (family, mode, "adamw") for family in ("gpt2", "llama", "phi") for mode in ("lora", "full")}
 CASES |= {"gpt2-8bit": ("gpt2", "8bit", "adamw"), "llama-4bit": ("llama", "4bit", "adamw")}
 OTHERS = {f"gpt2-full-{name}": ("gpt2", "full", name) for name in OPTIMIZERS if name != "adamw"}
-STEPS = 6  # two epochs: 20 rows make steps of 8, 8 and 4 examples, so that an epoch's last window is a short one
+STEPS = 6  # two epochs: 20 rows make steps of 8, 8 and 4 examples, so the last step of an epoch is smaller
 
 
 def train_options(mode: str) -> dict:
@@ -56,7 +57,7 @@ class Case:
         self.data = make_data(folder / "data.jsonl", 20)
         self.val = make_data(folder / "val.jsonl", 2)
         self.recorded = {}
-        self.dropout = {} if self.mode == "full" else {"lora_dropout": 0.2}  # dropout is the adapters'
+        self.dropout = {} if self.mode == "full" else {"lora_dropout": 0.2}  # only adapters have dropout
 
     def run(self, **more) -> list[dict]:
         self.n += 1
@@ -65,7 +66,7 @@ class Case:
                                                              "optimizer": self.optimizer, **more})
 
     def trajectory(self, **more) -> list[dict]:
-        """The recorded run, made once: a whole batch, nothing recomputed, padding, the default chunks."""
+        """The run that others must follow, made once: one micro-batch, nothing recomputed, padding, the default chunks."""
         key = json.dumps(more)
         if key not in self.recorded:
             self.recorded[key] = self.run(**more)
@@ -114,7 +115,7 @@ def test_an_equivalent_configuration_follows(case, options):
 
 @pytest.mark.parametrize("positions", [1, 30])
 def test_the_chunks_of_the_loss_do_not_matter(case, positions, on_device):
-    wanted = case.trajectory()  # with all labelled positions of a micro-batch in one chunk
+    wanted = case.trajectory()  # one chunk holds all labelled positions of a micro-batch
     assert max(x["tokens"] for x in wanted) < device_of("cpu").logits_chunk // 4096
     on_device(logits_chunk=positions * 4096)
     assert_follows(case.run(), wanted)
@@ -131,7 +132,7 @@ def test_recomputed_layers_follow_and_draw_the_same_dropout(case, ckpt_every):
 
 
 def test_recomputed_layers_whose_inputs_left_the_device_follow(case, monkeypatch):
-    monkeypatch.setattr(recompute, "to_host", lambda x: (x.float().numpy(force=True).copy(), x.dtype))  # a card's host
+    monkeypatch.setattr(recompute, "to_host", lambda x: (x.float().numpy(force=True).copy(), x.dtype))  # a GPU's host
     monkeypatch.setattr(recompute, "to_device", lambda x, device: torch.from_numpy(x[0]).to(x[1]))
     assert_follows(case.run(**case.dropout, ckpt_every=1, ckpt_offload=True), case.trajectory(**case.dropout))
 
@@ -139,12 +140,12 @@ def test_recomputed_layers_whose_inputs_left_the_device_follow(case, monkeypatch
 def test_a_resumed_run_follows_bit_for_bit_and_draws_the_same_dropout(case, monkeypatch):
     whole = case.trajectory(**case.dropout)
     interrupt(monkeypatch, case, at=6, save_every=2, **case.dropout)  # the last save: after step 4, inside an epoch
-    assert [x["step"] for x in steps(case.out)] == [1, 2, 3, 4, 5]  # step 5 was not saved and is taken again
+    assert [x["step"] for x in steps(case.out)] == [1, 2, 3, 4, 5]  # step 5 was not saved, so the resumed run repeats it
     assert timeless(run(case.out, case.model, case.data, resume=True)) == timeless(whole)
 
 
 def interrupt(monkeypatch, case, at: int, **options):
-    """Train until optimizer step `at`, which dies before it changes a weight."""
+    """Train until optimizer step `at`, which stops before it changes a weight."""
     cls, n = OPTIMIZERS[case.optimizer], 0
     real = cls.step
 
@@ -161,7 +162,7 @@ def interrupt(monkeypatch, case, at: int, **options):
 
 
 def test_the_recorded_trajectory(case):
-    """The numbers themselves, from the repository: a change of arithmetic shows even if every configuration shares it."""
+    """The repository holds the numbers, so a change that affects every configuration alike is noticed too."""
     recorded = json.loads(REFERENCE.read_text())[case.name]
     got = case.trajectory()
     for key in ("loss", "grad_norm"):
@@ -170,11 +171,11 @@ def test_the_recorded_trajectory(case):
                                    rtol=HALF[key][0] if "bit" in case.mode else RECORDED)
 
 
-BESIDE_16_BIT = {"8bit": (2e-3, 3e-2), "4bit": (6e-2, 0.5)}  # of loss and gradient norm; observed: a third
+BESIDE_16_BIT = {"8bit": (2e-3, 3e-2), "4bit": (6e-2, 0.5)}  # of loss and gradient norm; a third of it was observed
 
 
 def test_coarser_weights_stay_beside_the_16_bit_trajectory(case):
-    """And are not it: a run that ignored --bits would pass every other test here."""
+    """They must not be equal: a run that ignores --bits would pass every other test here."""
     if "bit" in case.mode:
         sixteen, got = case.trajectory(bits=16), case.trajectory()
         for key, most in zip(("loss", "grad_norm"), BESIDE_16_BIT[case.mode]):
@@ -205,7 +206,7 @@ def test_another_optimizer_resumes_bit_for_bit(other, monkeypatch):
 
 
 def test_another_optimizer_stays_near_adamw(other):
-    """The same numbers for masters in float32 on the CPU; 8-bit states within a band, and not without a trace."""
+    """float32 masters on the CPU give the same numbers. 8-bit states stay within a band, but do differ."""
     got, wanted = other.trajectory(), other.run(optimizer="adamw")
     if other.optimizer == "offload_adamw":
         assert timeless(got) == timeless(wanted)
@@ -215,7 +216,7 @@ def test_another_optimizer_stays_near_adamw(other):
 
 
 def test_a_drift_below_the_maximum_is_noticed(case, monkeypatch):
-    """5e-6 too much at every step: no single step gives it away, the mean does."""
+    """5e-6 too much at every step: every step is below MAX, and the mean is above MEAN."""
     exact = train.sum_loss
     monkeypatch.setattr(train, "sum_loss", lambda *args: exact(*args) * (1 + 5e-6))
     wanted, got = case.trajectory(), case.run()

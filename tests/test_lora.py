@@ -1,4 +1,7 @@
-"""lora.py: where adapters go, PEFT's files both ways, merging, precision."""
+"""lora.py and files/peft_files.py: which layers get adapters, PEFT's format both ways, merging, precision.
+
+A name such as litgpt#629 is a GitHub issue: the bug that the test looks for, in another project.
+"""
 import json
 import subprocess
 import sys
@@ -20,7 +23,7 @@ IDS = torch.randint(0, 4096, (2, 12), generator=torch.Generator().manual_seed(1)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One tiny model folder a kind, shared by the tests here: none of them writes into it."""
+    """One tiny model folder for each kind. The tests share it, so none of them may write into it."""
     root = tmp_path_factory.mktemp("models")
     return {"gpt2": make_folder(root / "gpt2", "gpt2"), "llama": make_folder(root / "llama", "llama"),
             "phi": make_folder(root / "phi", "phi"),
@@ -28,7 +31,7 @@ def folders(tmp_path_factory):
 
 
 def randomise_adapters(model, seed=2):
-    """B != 0, so that the adapter does something."""
+    """Set A and B to random numbers: with B = 0 the adapter would change nothing."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for n, p in model.named_parameters():
@@ -47,11 +50,11 @@ def logits(model):
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-MERGED = 3e-5  # (W + s B A) x rounds in other places than W x + s B A x
+MERGED = 3e-5  # (W + s B A) x and W x + s B A x are rounded differently
 
 
 def assert_same(a, b, other=None, tolerance=1e-5):
-    """Equal logits; and, so that equality says something, clearly different from `other`."""
+    """a and b are equal, and clearly different from `other` (else equality would prove nothing)."""
     assert (a - b).abs().max() <= tolerance * b.std()
     if other is not None:
         assert (b - other).abs().max() > 0.1 * b.std()
@@ -135,7 +138,7 @@ TO_PEFT = [
 
 @pytest.mark.parametrize(("kind", "options"), TO_PEFT, ids=str)
 def test_our_adapter_in_peft_and_back(folders, tmp_path, kind, options):
-    """litgpt#629, peft#3531: GPT-2's transposed weights, the scale, q and v thirds as one adapter."""
+    """litgpt#629, peft#3531: the scale, GPT-2's transposed weights, and q's and v's adapters saved as one."""
     peft = pytest.importorskip("peft")
     ours = adapted(folders[kind], **options)
     peft_files.save(ours, tmp_path)
@@ -167,7 +170,7 @@ def test_peft_adapter_in_ours(folders, tmp_path, family, options):
     base = hf_model(folders[family])
     before = logits(base)
     theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=10, **options))
-    randomise_adapters(theirs).save_pretrained(tmp_path, save_embedding_layers=False)  # of lm_head: A and B, not W too
+    randomise_adapters(theirs).save_pretrained(tmp_path, save_embedding_layers=False)  # of lm_head only A and B, not W
     ours = peft_files.load(weights.load(folders[family]), tmp_path)
     assert_same(logits(ours), logits(theirs), before)
     assert {m.dropout for m in lora.adapters(ours).values()} == {options.get("lora_dropout", 0.0)}
@@ -178,7 +181,7 @@ def test_peft_adapter_in_ours(folders, tmp_path, family, options):
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_scale_survives(folders, tmp_path, rslora):
-    """litgpt#629: r, alpha, dropout and rsLoRA of every layer come back, for q and v thirds too."""
+    """litgpt#629: r, alpha, dropout and rsLoRA of every layer are read back, also for GPT-2's q and v."""
     before = adapted(folders["gpt2"], r=3, alpha=11, dropout=0.2, rslora=rslora)
     peft_files.save(before, tmp_path)
     after = peft_files.load(weights.load(folders["gpt2"]), tmp_path)
@@ -191,8 +194,8 @@ def test_scale_survives(folders, tmp_path, rslora):
 
 
 def test_reload_in_a_fresh_process(folders, tmp_path):
-    """qlora#44: an adapter file with nothing in it."""
-    code = ("import sys, torch, lora, weights\n"
+    """qlora#44: there the adapter file was empty."""
+    code = ("import sys, torch\nfrom files import peft_files, weights\n"
             "*pairs, out = sys.argv[1:]\n"
             "ids = torch.load(out)\n"
             "models = [peft_files.load(weights.load(m), a) for m, a in zip(pairs[::2], pairs[1::2])]\n"
@@ -236,7 +239,7 @@ def longer(t, key):
 ])
 @pytest.mark.parametrize("kind", ["A", "B"])
 def test_damaged_adapter_is_refused(folders, tmp_path, damage, named, kind):
-    """peft#1678: strict both ways, naming the tensor."""
+    """peft#1678: missing and unexpected tensors are both refused, by name."""
     peft_files.save(adapted(folders["llama"]), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -264,7 +267,7 @@ def test_adapter_config_that_cannot_be_honoured_is_refused(folders, tmp_path, ch
 
 
 def test_layer_of_the_config_without_tensors_is_refused(folders, tmp_path):
-    """peft#1678: a whole layer's adapter lost on the way."""
+    """peft#1678: the adapter of a whole layer is missing."""
     peft_files.save(adapted(folders["llama"]), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({k: t for k, t in load_file(file).items() if "layers.1.self_attn.q_proj" not in k}, file)
@@ -290,7 +293,7 @@ def test_nothing_to_save(folders, tmp_path):
     ("llama", {"targets": ["lm_head"]}), ("phi", {"targets": "all"}), ("phi", {"targets": ["lm_head"]}),
 ], ids=["gpt2", "gpt2-all", "llama-all", "tied", "lm_head", "phi-all", "phi-lm_head"])
 def test_merge_is_exact_and_idempotent(folders, kind, options):
-    """LoRA#34."""
+    """microsoft/LoRA#34: merging is explicit, and a second call changes nothing."""
     model, base = adapted(folders[kind], **options), logits(weights.load(folders[kind]))
     before = logits(model)
     for _ in range(2):
@@ -299,7 +302,7 @@ def test_merge_is_exact_and_idempotent(folders, kind, options):
 
 
 def test_eval_and_train_do_not_merge(folders):
-    """LoRA#34: merging as a side effect of eval()."""
+    """microsoft/LoRA#34: there eval() merged as a side effect."""
     model = adapted(folders["llama"])
     before = {n: p.clone() for n, p in model.named_parameters()}
     for mode in (False, True, False, False, True, True):
@@ -318,12 +321,12 @@ def test_merge_into_16_bit_is_refused(folders, family):
 
 @pytest.mark.parametrize(("kind", "targets"), [("gpt2", None), ("tied llama", "all"), ("phi", "all"), ("phi", ["lm_head"])])
 def test_merge_command(folders, tmp_path, kind, targets):
-    """peft#2018: the merged model, tied head and all, here and in transformers; GPT-2's as typed in a shell."""
+    """peft#2018: the merged model, also with a tied head, gives the same logits here and in transformers."""
     model = adapted(folders[kind], targets=targets)
     peft_files.save(model, tmp_path / "adapter")
     out = tmp_path / "merged"
     argv = ["merge", "--model", str(folders[kind]), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]
-    if kind == "gpt2":  # a fresh process costs seconds
+    if kind == "gpt2":  # once as a command; a new process takes seconds
         subprocess.run([sys.executable, "export.py", *argv], cwd=ROOT, check=True)
     else:
         export.main(argv)
@@ -363,7 +366,7 @@ def test_merge_command_in_16_bit_and_into_an_existing_folder(folders, tmp_path):
 # ---------------------------------------------------------------------------------------------- precision and dropout
 
 def train(model, lr, steps):
-    """Loss at each step of AdamW in bfloat16."""
+    """Train with AdamW and bfloat16 autocast; the loss of each step."""
     optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0), []
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16):
@@ -377,7 +380,7 @@ def train(model, lr, steps):
 
 @FAMILIES
 def test_adapters_are_float32_over_16_bit_weights(folders, tmp_path, family):
-    """peft#1706: injected and loaded alike."""
+    """peft#1706: both when injected and when loaded."""
     model = adapted(folders[family], bits=16)
     peft_files.save(model, tmp_path)
     for m in (model, peft_files.load(weights.load(folders[family], bits=16), tmp_path)):
@@ -403,7 +406,7 @@ def test_fp16_gradients_can_be_unscaled(folders, on_device):
 @FAMILIES
 @pytest.mark.parametrize("bits", [16, 32])
 def test_tiny_updates_arrive(folders, family, bits):
-    """VersatIL#5: weights held in bfloat16 would swallow an update of 1e-6."""
+    """VersatIL#5: in bfloat16 weights, an update of 1e-6 would be rounded away."""
     model = adapted(folders[family], bits=bits, targets="all")
     before = {n: p.clone() for n, p in model.named_parameters()}
     train(model, lr=1e-6, steps=1)
@@ -422,7 +425,7 @@ def test_training_with_adapters_lowers_the_loss(folders, family):
 
 @FAMILIES
 def test_dropout_is_on_in_training_and_off_in_evaluation(folders, family):
-    """nanoGPT#240."""
+    """nanoGPT#240: there dropout stayed on in evaluation."""
     model, plain = adapted(folders[family], dropout=0.5), adapted(folders[family], dropout=0.0)
     assert torch.equal(logits(model), logits(model)) and torch.equal(logits(model), logits(plain))
     model.train()

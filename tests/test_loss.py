@@ -1,4 +1,7 @@
-"""loss.py: the textbook cross-entropy in value and gradients, without the logits."""
+"""loss.py: value and gradients are those of the textbook cross-entropy, and the logits never exist as a whole.
+
+A name such as nanoGPT#240 is a GitHub issue: the bug that the test looks for, in another project.
+"""
 import pytest
 import torch
 from conftest import make_folder
@@ -15,7 +18,7 @@ B, T, C, V = 3, 11, 16, 53
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operator made."""
+    """Records the number of elements of the largest tensor that any operator made."""
 
     numel = 0
 
@@ -38,7 +41,7 @@ def textbook(hidden, head, labels):
 
 
 def gradients(value, *tensors):
-    return torch.autograd.grad(0.37 * value, tensors)  # as the loop scales it, so that a dropped factor shows
+    return torch.autograd.grad(0.37 * value, tensors)  # scaled, as in the loop: a lost factor would be noticed
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 1000, None])
@@ -86,7 +89,7 @@ def test_nothing_labelled():
 
 
 def test_sum_of_micro_batches():
-    """transformers#34191: a sum, never a mean, so that micro-batches with unequal numbers of labels add up."""
+    """transformers#34191: a sum, not a mean, so micro-batches with unequal numbers of labels add up to the whole."""
     hidden, head, labels = problem()
     parts = sum(loss.sum_loss(h[None], head, y[None]) for h, y in zip(hidden, labels, strict=True))
     torch.testing.assert_close(parts, loss.sum_loss(hidden, head, labels))
@@ -158,7 +161,7 @@ def test_head_with_an_adapter_trains(chunk, bias):
 
 
 def test_young_adapter_counts_over_a_16_bit_head():
-    """VersatIL#5, for the head: W + delta rounded to bfloat16 is W again, and the loss stands still."""
+    """VersatIL#5, for the head: W + delta, rounded to bfloat16, would be W again, and the loss would not change."""
     torch.manual_seed(0)
     head = lora.LoRALinear(nn.Linear(64, 200, bias=False).requires_grad_(False).to(torch.bfloat16), 3, 6)
     hidden, labels = torch.randn(1, 1000, 64).bfloat16(), torch.randint(0, 200, (1, 1000))
@@ -171,7 +174,7 @@ def test_young_adapter_counts_over_a_16_bit_head():
 
 
 def test_adapter_on_phis_head(tmp_path):
-    """A head with a bias and an adapter: the loss without logits and its gradients equal the textbook's."""
+    """A head with a bias and an adapter: loss and gradients equal the textbook's."""
     model = lora.inject(weights.load(make_folder(tmp_path, "phi")), r=2, targets=["lm_head", "q_proj"])
     nn.init.normal_(model.lm_head.lora_B[0])
     ids = torch.randint(0, 4096, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -186,7 +189,7 @@ def test_adapter_on_phis_head(tmp_path):
 
 
 def test_dropout_of_a_head_adapter():
-    """nanoGPT#240: on in training, off in evaluation, on the head too."""
+    """nanoGPT#240: the head's dropout, too, is on in training and off in evaluation."""
     hidden, base, labels = problem()
     head = lora.LoRALinear(base, 3, 6, dropout=0.5)
     nn.init.normal_(head.lora_B[0])
@@ -195,7 +198,7 @@ def test_dropout_of_a_head_adapter():
 
 
 def test_adapter_on_a_tied_head_leaves_the_embedding(tmp_path):
-    """The head's adapter must learn without a gradient reaching the embedding that shares its matrix."""
+    """The head's adapter gets a gradient; the embedding, which shares the head's matrix, gets none."""
     model = lora.inject(weights.load(make_folder(tmp_path, "gpt2")), r=2, targets=["lm_head"])
     ids = torch.randint(0, 4096, (1, 8))
     loss.sum_loss(model.hidden(ids), model.head, ids).backward()

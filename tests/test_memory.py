@@ -1,4 +1,4 @@
-"""The ledger against sums done by hand, the loss's and the layers' memory, and sampling with a KV cache."""
+"""The ledger compared with sums made by hand, the memory of the loss and of layers, and sampling with a KV cache."""
 import gc
 import json
 import weakref
@@ -28,11 +28,11 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def talker(request, tmp_path_factory):
-    """A model that does not say one token for ever, as random ones do whose head is the embedding: cache bugs would hide."""
+    """A random model that does not repeat one token for ever, as one with a tied head does: that would hide cache bugs."""
     model = weights.load(make_folder(tmp_path_factory.mktemp("talker"), request.param, tie_word_embeddings=False))
     if request.param == "gpt2":
         with torch.no_grad():
-            model.ln_f.bias.sub_(1)  # it adds the same logits at every position
+            model.ln_f.bias.sub_(1)  # the same change of logits at every position
             model.wpe.weight.mul_(12)
     if request.param == "phi":
         with torch.no_grad():
@@ -48,14 +48,14 @@ def ledger():
 
 
 def made(ledger) -> int:
-    """What a program has made and not freed: in forward nobody knows yet which of it is an activation."""
+    """Bytes made and not freed. In forward nothing tells yet which tensors are activations."""
     return ledger.live["activations"] + ledger.live["temporaries"]
 
 
 # ---------------------------------------------------------------------------------------------- the ledger
 
 def test_peak_of_a_program_done_by_hand(ledger):
-    before = torch.ones(256)  # made outside: not the ledger's
+    before = torch.ones(256)  # made outside, so it is not counted
     with ledger:
         a = torch.ones(256)  # 1
         b = a * 2  # 2
@@ -81,15 +81,15 @@ def test_peak_of_a_program_done_by_hand(ledger):
 def test_what_autograd_saves_is_counted_until_backward_frees_it(ledger):
     x = torch.ones(256, requires_grad=True)
     with ledger:
-        y = (x.exp() * 2).exp()  # exp keeps its two outputs; of x.exp() * 2 nothing is kept but while it runs
+        y = (x.exp() * 2).exp()  # both exp keep their outputs; x.exp() * 2 lives only while the line runs
         assert made(ledger) == 2 * KB and ledger.peak == 3 * KB
-        assert ledger.live["activations"] == 0  # it could as well be freed before any backward
+        assert ledger.live["activations"] == 0  # it could still be freed before any backward
         y.sum().backward()
         assert ledger.live == {**dict.fromkeys(memory.CATEGORIES, 0), "activations": KB, "temporaries": KB}  # y and x.grad
         del y
         assert sum(ledger.live.values()) == KB  # x.grad
-    assert 2 * KB < ledger.at_peak["activations"] <= 2 * KB + 8  # the two, and a sum
-    assert 4 * KB <= ledger.peak <= 5 * KB  # 2 saved, the gradient coming in and the one going out, a few scalars
+    assert 2 * KB < ledger.at_peak["activations"] <= 2 * KB + 8  # the two outputs, and a sum
+    assert 4 * KB <= ledger.peak <= 5 * KB  # 2 saved, the gradients that come in and go out, a few scalars
 
 
 class Two(nn.Module):
@@ -138,7 +138,7 @@ def test_the_split_at_the_peak_sums_to_the_peak(folders):
             ledger = step_under_ledger(model)
             assert sum(ledger.at_peak.values()) == ledger.peak > 0 and min(ledger.at_peak.values()) >= 0
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            assert ledger.live["gradients"] == 4 * trainable  # all that is left beside the weights
+            assert ledger.live["gradients"] == 4 * trainable  # beside the weights only these are left
             assert made(ledger) == ledger.live["loss"] == 0
 
 
@@ -172,13 +172,13 @@ def step_under_ledger(model, amp=False) -> memory.Ledger:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_layers_lowers_the_activations(family, folders, on_device):
-    on_device(logits_chunk=4 * 4096)  # or the logits, not the layers, make the peak
+    on_device(logits_chunk=4 * 4096)  # small, so that the layers make the peak, not the logits
     found = {}
     for n in (0, 1, 2, 3):
         model = lora.inject(weights.load(folders[family]))
         model.ckpt_every = n
         found[n] = step_under_ledger(model).at_peak["activations"]
-    # N = 3 recomputes the last layer alone: backward begins with it, and rebuilds it while the others' are still there.
+    # N = 3 recomputes only the last layer. Backward begins there, while the other layers' activations still exist.
     assert found[1] < 0.6 * found[0] and found[1] < found[2] < 0.9 * found[0] and found[3] <= found[0], found
 
 
@@ -245,13 +245,13 @@ def test_human(n, said):
 
 
 def test_the_loss_never_holds_the_logits(on_device):
-    """256 positions x 4,096 words in float32 are 4 MB; in chunks of 16 the peak stays below a third of that."""
+    """The logits of 256 positions x 4,096 words take 4 MB in float32. In chunks of 16 the peak is below a third of this."""
     head = nn.Linear(32, 4096, bias=False).requires_grad_(False)
     hidden, labels = torch.randn(1, 256, 32, requires_grad=True), torch.arange(256)[None]
     on_device(logits_chunk=16 * 4096)
     with memory.Ledger(head) as ledger:
         loss.sum_loss(hidden, head, labels).backward()
-    rows = 4 * 16 * 4096  # a chunk of logits; beside it, for a moment, what a comparison or a copy of it takes
+    rows = 4 * 16 * 4096  # a chunk of logits; the peak also has, for a moment, what a comparison or a copy takes
     assert rows < ledger.at_peak["loss"] < 4 * 256 * 4096 / 3 and ledger.peak < 4 * 256 * 4096 / 3
 
 
@@ -263,7 +263,7 @@ def test_a_run_measures_its_second_step(tmp_path, monkeypatch, folders):
         run(tmp_path / f"ckpt{n}", folders["gpt2"], rows, steps=2, ckpt_every=n, full=True)
         found = json.loads((tmp_path / f"ckpt{n}" / "summary.json").read_text())["memory"]
         split, peaks[n] = found["by_category"], found["measured_peak"]
-        assert split["optimizer"] >= 2 * split["weights"] > 0  # AdamW's state exists by then
+        assert split["optimizer"] >= 2 * split["weights"] > 0  # AdamW has states in the second step
     assert peaks[1] <= peaks[0]
 
 
@@ -307,7 +307,7 @@ def test_sampling(talker):
     assert sample(seed=1) == sample(seed=1) != sample(seed=2) and sample(seed=1) != greedy
     state = torch.get_rng_state()
     sample()
-    assert torch.equal(torch.get_rng_state(), state)  # its own generator: sampling does not change training
+    assert torch.equal(torch.get_rng_state(), state)  # sampling has its own generator, so it does not change training
     assert sample(max_new_tokens=0) == PROMPT
 
 
@@ -321,7 +321,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     for top_p, wanted in ((0.4, {1}), (0.6, {1, 3}), (0.8, {0, 1, 3}), (1.0, {0, 1, 2, 3})):
         assert set(drawn(top_p)) == wanted
     assert abs(drawn(1.0).count(1) / 1000 - 0.5) < 0.05
-    assert abs(drawn(0.6).count(1) / 1000 - 2 / 3) < 0.05  # what is left is renormalised
+    assert abs(drawn(0.6).count(1) / 1000 - 2 / 3) < 0.05  # the probabilities that are left sum to 1
     assert drawn(1.0, 0.5).count(1) / 1000 > 0.65  # 0.25 / (0.04 + 0.25 + 0.0025 + 0.0625)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel against quant.dequantize_nf4, bit for bit. Skipped where triton is not installed.
+"""The Triton kernel equals quant.dequantize_nf4 bit for bit. Skipped where triton is not installed.
 
 Triton comes with PyTorch for CUDA. Without a GPU, `pip install --target DIR triton` brings its interpreter, which runs the
 kernel on a CPU, and its compiler:      PYTHONPATH=DIR python -m pytest tests/test_nf4_triton.py
@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: see this
 from techniques import nf4_triton  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Of weights: less than a program's 2048, exactly that, more; blocks that straddle rows.
+# Numbers of weights: fewer than one program's 2048, exactly 2048, more; and blocks that reach into the next row.
 SHAPES = [(1, 64), (3, 64), (96, 32), (32, 64), (100, 320), (33, 64), (5, 64 * 257)]
 
 
@@ -29,12 +29,12 @@ def test_the_bits_are_those_of_pytorch(shape, dtype):
     w = torch.randn(*shape, generator=rng) * torch.logspace(-6, 2, shape[0])[:, None]
     packed, absmax = quant.quantize_nf4(w)
     packed = packed.copy_(torch.randint(0, 256, packed.shape, generator=rng))  # every pair of codes
-    # The slow, plain statement of what is meant.
+    # The same in plain PyTorch, slow and easy to read.
     codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1).long()
     exact = (quant.NF4[codes].view(-1, 64) * absmax[:, None]).view(shape)
     assert torch.equal(quant.dequantize_nf4(packed, absmax, torch.empty(shape, dtype=dtype)), exact.to(dtype))
     got = nf4_triton.dequantize(packed.to(DEVICE), absmax.to(DEVICE), torch.empty(shape, dtype=dtype, device=DEVICE)).cpu()
-    if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter cuts off what the GPU rounds: see the next test
+    if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter truncates where a GPU rounds (see the next test)
         exact = (exact.view(torch.int32) & -65536).view(torch.float32)
     assert got.shape == shape and got.dtype == dtype and torch.equal(got, exact.to(dtype))
 
@@ -52,7 +52,7 @@ print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
 
 
 def test_the_gpus_instructions():
-    """What the compiler makes of it for an H100, which takes no GPU: it rounds to nearest even, keeps float32's smallest
+    """The code that the compiler makes for an H100; this needs no GPU. It rounds to nearest even, keeps float32's smallest
     numbers and writes 16 bytes at a time."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)

@@ -1,6 +1,6 @@
-"""optim.py against torch.optim.AdamW and bitsandbytes' AdamW8bit; every optimizer in whole runs.
+"""optim.py compared with torch.optim.AdamW and bitsandbytes' AdamW8bit; every optimizer in whole runs.
 
-Names such as unsloth-zoo#962 say where others had the bug.
+A name such as unsloth-zoo#962 is a GitHub issue: the bug that the test looks for, in another project.
 """
 import json
 import math
@@ -23,7 +23,7 @@ from techniques import optim
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adamw_equals_torchs(weight_decay):
-    """50 steps at a changing learning rate, the first tensor without a gradient in a third of them."""
+    """50 steps with a changing learning rate. In a third of them the first tensor has no gradient."""
     start = [torch.randn(13, 9), torch.randn(5, 3, 2), torch.randn(7)]
     ours, fused, plain = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(3))
 
@@ -56,9 +56,9 @@ def test_adamw_equals_torchs(weight_decay):
 def bitsandbytes():
     """bitsandbytes' AdamW8bit with its own exact quantiser.
 
-    Its compiled CPU quantiser (0.50.2) rounds to one of 65,536 equal steps from -1 to 1 before it looks up the code: 1e-6
-    becomes 2.1e-5, and so does zero, the bug of unsloth-zoo#962. Its reference kernel, the one for other devices, and
-    its CUDA kernel search the code itself; the optimizer around it is the same.
+    Its compiled CPU quantiser (0.50.2) rounds to one of 65,536 equal steps from -1 to 1 before it looks up the code. So
+    1e-6 becomes 2.1e-5, and so does zero: the bug of unsloth-zoo#962. Its CUDA kernel and its reference kernel for other
+    devices search the code itself. The reference kernel is used here; the optimizer around it is the same.
     """
     bnb = pytest.importorskip("bitsandbytes")
     from bitsandbytes.backends.cpu import ops
@@ -79,7 +79,7 @@ def parameters(seed=0):
 
 
 def gradients(n, scale=1e-2):
-    """n steps of gradients, unlike in size from element to element and with a mean of their own."""
+    """n steps of gradients whose size and mean differ from element to element."""
     rng = torch.Generator().manual_seed(1)
     sizes = [scale * torch.randn(s, generator=rng).exp() for s in SIZES]
     for _ in range(n):
@@ -100,33 +100,33 @@ def test_the_dynamic_code_is_bitsandbytes(signed):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_table_finds_the_nearest_code(signed):
-    """As a search does, at every bound between two codes, beside it, and at a million other places."""
+    """The same code as a search, at every bound between two codes, beside each bound, and for a million other numbers."""
     code = optim.dynamic_code(signed)
     bounds = (code[1:] + code[:-1]) / 2
     near = [torch.nextafter(bounds, torch.tensor(x)) for x in (-2.0, 2.0)]
     x = torch.cat([bounds, *near, code, torch.tensor([0.0, -0.0]), torch.randn(10**6).clamp(-1, 1) ** 7])
     x = x if signed else x.abs()
     x = torch.nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
-    x = torch.cat([torch.ones(len(x), 1), x], 1)  # each block's largest is 1
+    x = torch.cat([torch.ones(len(x), 1), x], 1)  # the largest magnitude of each block is 1
     q, absmax = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
-    optim.quantise(x.clone(), q, absmax, signed)
+    optim.quantize(x.clone(), q, absmax, signed)
     assert (absmax == 1).all() and torch.equal(q.int(), torch.bucketize(x, bounds, out_int32=True))
-    assert torch.equal(optim.dequantise(q, absmax, signed), code[q.long()])
+    assert torch.equal(optim.dequantize(q, absmax, signed), code[q.long()])
     assert (q.unique().numel() == 256) or signed and q.unique().numel() == 255 and q.min() == 0
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-30, 1.0, 1e30])
 def test_blocks_of_any_size(scale):
-    """A block of zeros is zeros; one below the smallest normal number loses precision, not its head."""
+    """A block of zeros stays zeros. A block below the smallest normal number loses precision, but gives no nan."""
     x = scale * torch.randn(8, 256)
     q, absmax = torch.empty(8, 256, dtype=torch.uint8), torch.empty(8, 1)
-    optim.quantise(x.clone(), q, absmax, True)
-    back = optim.dequantise(q, absmax, True)
+    optim.quantize(x.clone(), q, absmax, True)
+    back = optim.dequantize(q, absmax, True)
     assert (back - x).abs().max() <= 0.02 * x.abs().max() + 1e-39 and (x != 0).any() == (scale > 0)
 
 
 def test_adamw8bit_follows_bitsandbytes(monkeypatch):
-    """100 steps at a changing learning rate, with weight decay, tensors with and without a ragged last block."""
+    """100 steps with a changing learning rate and weight decay; the last block of some tensors is not full."""
     bnb, ops, exact = bitsandbytes()
     monkeypatch.setattr(ops, "_quant_blockwise_fp32_direct", exact)
     ours, theirs = parameters(), parameters()
@@ -147,7 +147,7 @@ def test_adamw8bit_follows_bitsandbytes(monkeypatch):
 
 
 def test_adamw8bit_stays_near_32_bit():
-    """The paper's error: a few per cent of each update. Gradients alike in size, as within a row of a matrix."""
+    """The paper's error is a few per cent of each update. All gradients are of similar size, as in a row of a matrix."""
     ours, wanted = parameters(), parameters()
     optimizers = [(cls([{"params": p, "weight_decay": 0.0}], lr=1e-3), p)
                   for cls, p in ((optim.AdamW8bit, ours), (optim.AdamW, wanted))]
@@ -162,7 +162,7 @@ def test_adamw8bit_stays_near_32_bit():
 
 
 def test_zero_gradients_move_nothing():
-    """unsloth-zoo#962: zero is a code of both maps: 500 steps, from the start and in half of a block beside gradients."""
+    """unsloth-zoo#962: zero is a code. 500 steps with zero gradients, then 500 with zeros in half of each block."""
     params = parameters()
     start = [p.detach().clone() for p in params]
     optimizer = optim.AdamW8bit([{"params": params, "weight_decay": 0.0}], lr=1.0)
@@ -182,7 +182,7 @@ def test_bytes_of_8_bit_states(cls):
     optimizer = cls([{"params": params, "weight_decay": 0.0}], lr=1e-3)
     take(optimizer, params, [torch.randn(p.shape) for p in params])
     for p, each in zip(params, (2 + 8 / 256, 2 + 8 / 256, 8), strict=True):
-        assert sum(t.nbytes for t in optimizer.state[p].values()) == each * p.numel() + 4  # and the step's number
+        assert sum(t.nbytes for t in optimizer.state[p].values()) == each * p.numel() + 4  # and the step count
     model = torch.nn.ParameterList(params)
     optimizer.zero_grad()
     with memory.Ledger(model, optimizer) as ledger:
@@ -193,7 +193,7 @@ def test_bytes_of_8_bit_states(cls):
 @pytest.mark.parametrize("cls", [optim.AdamW8bit, optim.PagedAdamW8bit])
 @pytest.mark.parametrize("chunk", [2**9, 2**13, 2**20])
 def test_chunks_do_not_matter(cls, chunk, on_device):
-    """A matrix in many chunks, many in one, one tensor without a gradient now and then: the same bits."""
+    """The same bits with one matrix in many chunks, many in one chunk, and a tensor that sometimes has no gradient."""
     runs = {}
     for name, kind, size in (("wanted", optim.AdamW8bit, 2**16), ("got", cls, chunk)):
         on_device(optimizer_chunk=size)
@@ -207,8 +207,8 @@ def test_chunks_do_not_matter(cls, chunk, on_device):
 
 @pytest.mark.parametrize("cls,numbers", [(optim.AdamW8bit, 24), (optim.PagedAdamW8bit, 30)])
 def test_temporaries_are_bounded_by_the_chunk(cls, numbers, on_device):
-    """A step's peak above what stays: some 24 bytes a number of the chunk, however large the matrix; paged, two chunks of
-    states on the device besides."""
+    """The peak of a step above what stays: about 24 bytes for each number of a chunk, however large the matrix. Paged: two
+    chunks of states on the device are added."""
     on_device(optimizer_chunk=2**14)
     model = torch.nn.ParameterList([torch.randn(512, 1024)])
     optimizer = cls([{"params": list(model), "weight_decay": 0.0}], lr=1e-3)
@@ -236,7 +236,7 @@ def test_offload_in_float32_is_adamw():
         for x in (torch.randn(4, 64), torch.randn(4, 64)):  # two micro-batches
             for m in (model, twin):
                 m(x).square().mean().backward()
-        assert all(p.grad is None for p in model.parameters())  # gone down as soon as it was there
+        assert all(p.grad is None for p in model.parameters())  # moved to the host as soon as it was complete
         for p, q in zip(model.parameters(), twin.parameters()):
             assert torch.equal(optimizer.master(p).grad, q.grad)
         for o in (optimizer, wanted):
@@ -249,7 +249,7 @@ def test_offload_in_float32_is_adamw():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_updates_arrive(dtype):
-    """[16, 18] Steps far below half a unit in the last place of a 16-bit weight: lost one by one, kept in the master."""
+    """VersatIL#5: each step is far below half a unit in the last place of a 16-bit weight, but the master adds them up."""
     model, optimizer = offloaded(dtype, lr=1e-6)
     with torch.no_grad():
         for p in model.parameters():
@@ -268,7 +268,7 @@ def test_small_updates_arrive(dtype):
 
 
 def test_gradients_of_micro_batches_add_up_in_float32():
-    """1 + 2^-9 is 1 in bfloat16."""
+    """In bfloat16, 1 + 2^-9 would be 1."""
     model, optimizer = offloaded(torch.bfloat16)
     for size in (1.0, 2.0**-9):
         (model(torch.full((1, 64), size, dtype=torch.bfloat16))).sum().backward()
@@ -318,7 +318,7 @@ def go(shared, tmp_path, monkeypatch, on_device):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_twenty_steps_are_ten_and_resume_and_ten(name, mode, half, go, tmp_path, monkeypatch, on_device):
-    """nanoGPT#467: bit for bit, with mixed precision, accumulation, clipping, decay; in float16 the scaler skips steps."""
+    """nanoGPT#467: equal bit for bit, with AMP, accumulation, clipping and decay. In float16 the scaler skips steps."""
     on_device(half=half)
     if half == torch.float16:
         real = torch.amp.GradScaler.__init__
@@ -362,7 +362,7 @@ def test_a_run_holds_16_bit_weights_and_saves_their_masters(go, shared, tmp_path
     start = dict(weights.load(str(shared / "gpt2")).named_parameters())
     for name, p in weights.load(str(out / "model")).named_parameters():
         assert torch.equal(p, state[f"param/{name}"]) and p.dtype == torch.float32
-        assert 0 < (p - start[name]).abs().max() < 4e-5  # steps that a rounding to 16 bits would have hidden
+        assert 0 < (p - start[name]).abs().max() < 4e-5  # steps that rounding to 16 bits would hide
     with pytest.raises(UserError, match="offload_adamw"):
         train.resolve(train.TrainConfig(full=True, amp=True, bits=16))
     for more, bits in (({"amp": True}, 16), ({"amp": True, "bits": 16}, 16), ({"amp": True, "bits": 32}, 32), ({}, 32)):
@@ -371,8 +371,8 @@ def test_a_run_holds_16_bit_weights_and_saves_their_masters(go, shared, tmp_path
 
 
 def test_training_does_not_import_pytorchs_compiler(shared, tmp_path):
-    """72 MB and 2 seconds; torch.optim, a random start on "meta", a dispatch mode, torch.utils.checkpoint, autograd.grad and
-    the prediction, were it made in the same process, would each bring it. (One prediction is enough: the first run's.)"""
+    """It takes 72 MB and 2 seconds. Each of these would import it: torch.optim, a random start on "meta", a dispatch mode,
+    torch.utils.checkpoint, autograd.grad, and a prediction in the same process. (Only the first run predicts.)"""
     code = ("import sys, train\nfrom ledger import ask\nfrom techniques.optim import OPTIMIZERS\nfor name in OPTIMIZERS:\n"
             "    done = train.main(train.parse([*sys.argv[1:], '--optimizer', name, '--out', sys.argv[2] + name]))\n"
             "    assert (done['memory']['predicted_peak'] is not None) == (name == 'adamw')\n"

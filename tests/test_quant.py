@@ -1,6 +1,6 @@
-"""quant.py against bitsandbytes: the codes, the layers, loading, and the checkpoints that transformers writes with it.
+"""quant.py compared with bitsandbytes: codes, layers, loading; and training over few bits.
 
-Equal means bit-equal wherever nothing but the codes and scales is compared; a product is held to its rounding.
+Codes and scales must be equal bit for bit. Products may differ by their rounding.
 """
 import copy
 import json
@@ -39,7 +39,7 @@ def bnb():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny model of each family, stored in bfloat16, of widths that 64 divides."""
+    """A tiny model of each family in bfloat16; 64 divides its widths."""
     root = tmp_path_factory.mktemp("models")
     for family in WIDE:
         folder = make_folder(root / family, family, **WIDE[family])
@@ -80,14 +80,14 @@ def zero_blocks():
 
 
 def ties():
-    """Blocks whose largest magnitude is 1 and whose other values lie on the borders of NF4's levels, and beside them."""
+    """Blocks with the largest magnitude 1, whose other values lie on and beside the borders between NF4's levels."""
     m = quant.midpoints(quant.NF4)
     near = torch.cat([m, m.nextafter(torch.ones(())), m.nextafter(-torch.ones(())), quant.NF4])
     x = near.repeat(34)[:32 * 63].view(32, 63)
     return torch.cat([torch.ones(32, 1), x], 1)
 
 
-WEIGHTS = {  # the number of blocks of 64 is in most no multiple of 256, of columns in many no multiple of 64
+WEIGHTS = {  # in most, 256 does not divide the number of blocks; in many, 64 does not divide the columns
     **{"x".join(map(str, s)): partial(rand, *s) for s in ((1024, 256), (96, 32), (32, 56), (7, 64), (3, 192), (64, 1),
                                                            (100, 320), (5, 64 * 257), (130, 128), (1, 64))},
     "outliers": outliers, "zero blocks": zero_blocks, "ties": ties, "ties, scaled": lambda: ties() * (1 + rand(32, 1).abs()),
@@ -125,8 +125,8 @@ def test_codes_and_scales_are_those_of_bitsandbytes(case, dtype, bnb):
     like = nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
     layer = quant.NF4Linear(like, packed, absmax, nested, offset)
     single = quant.NF4Linear(like, packed, plain_state.absmax)
-    # One long row: the AVX-512 kernel of bitsandbytes 0.50 takes a new block at the start of every row, and dequantises a
-    # matrix whose rows 64 does not divide with other blocks' scales (randn(96, 32): a mean error of 0.28 for 0.07).
+    # As one long row: the AVX-512 kernel of bitsandbytes 0.50 starts a new block with every row. Where 64 does not divide
+    # the rows, it dequantises with the scales of other blocks (randn(96, 32): a mean error of 0.28 instead of 0.07).
     for d in DTYPES:
         for ours, codes, s in ((layer, theirs, double), (single, plain, plain_state)):
             s.dtype, s.shape = d, torch.Size((1, w.numel()))
@@ -135,7 +135,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes(case, dtype, bnb):
 
 
 def test_int8_rows_of_zeros():
-    """bitsandbytes divides by them: NaN, of which this machine may or may not make a 0. Here they stay zeros."""
+    """Here they stay zeros. bitsandbytes divides by their scale, 0; which integer the NaN becomes depends on the machine."""
     w = rand(4, 64)
     w[2] = 0
     layer = quant.quantize(nn.Linear(64, 4, bias=False), w, 8)
@@ -151,7 +151,7 @@ def test_int8_is_within_half_a_step():
 
 
 def test_figures_of_the_docstring():
-    """The mean error, and the bits a weight counted from the tensors that are there."""
+    """The mean error, and the bits a weight, counted from the tensors that exist."""
     w = rand(1024, 1024)
     layer = quant.quantize(nn.Linear(1024, 1024, bias=False), w, 4)
     assert (layer.dequantize() - w).abs().mean() == pytest.approx(0.0728, abs=0.0005)
@@ -181,7 +181,7 @@ def test_chunks_do_not_matter(bits, monkeypatch):
 # ---------------------------------------------------------------------------------------------- the layer
 
 def make_layer(kind, bits, bias=True, seed=0, n_in=128, n_out=96):
-    """(a linear layer, its weight as (out, in), the same layer in few bits)"""
+    """A linear layer, its weight as (out, in), and the same layer in few bits."""
     like = nn.Linear(n_in, n_out, bias=bias) if kind == "Linear" else gpt2.Conv1D(n_in, n_out)
     with torch.no_grad():
         for i, p in enumerate(like.parameters()):
@@ -200,7 +200,7 @@ EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10
 def test_forward_and_backward_are_those_of_the_dequantised_weight(bits, kind, bias, dtype):
     like, w, layer = make_layer(kind, bits, bias)
     W = layer.dequantize(torch.float64)
-    assert (W - w).abs().mean() < (0.01 if bits == 8 else 0.1) * w.abs().mean()  # the matrix that was meant, (out, in)
+    assert (W - w).abs().mean() < (0.01 if bits == 8 else 0.1) * w.abs().mean()  # not transposed
     if dtype != torch.float32:
         like.to(dtype)
     layer.bias = like.bias
@@ -231,8 +231,8 @@ def test_autocast_multiplies_in_16_bit_and_hands_back_the_inputs_gradient_in_its
 
 @BITS
 def test_float16_neither_overflows_nor_vanishes_where_the_dequantised_product_does_not(bits):
-    """Codes go up to 127: times 100, a sum over 64 of them leaves float16 behind. And scales may be 1e-5: times a gradient
-    of 1e-3 they are below what float16 can tell from zero."""
+    """A sum of 64 codes of 127, each times 100, is too large for float16. A scale of 1e-5, times a gradient of 1e-3, is too
+    small."""
     like = nn.Linear(64, 64, bias=False)
     layer = quant.quantize(like, torch.full((64, 64), 0.01), bits)
     x = torch.full((1, 64), 100.0, dtype=torch.float16, requires_grad=True)
@@ -245,15 +245,15 @@ def test_float16_neither_overflows_nor_vanishes_where_the_dequantised_product_do
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @BITS
 def test_nothing_dequantised_is_kept(bits, dtype, monkeypatch, on_device):
-    """Six layers of 131 kB (bfloat16) in a row: between forward and backward nothing is live but the last output and the
-    room for one dequantised layer, which all of them share. autograd over six dequantised weights would hold six."""
-    monkeypatch.setattr(quant, "CHUNK", 4096)  # the temporaries, however large the layer
+    """Six layers of 131 kB (bfloat16) in a row. Between forward and backward only the last output is live, and the memory
+    of one dequantised layer, which all six use. Autograd would keep six dequantised weights."""
+    monkeypatch.setattr(quant, "CHUNK", 4096)  # a bound on the temporaries of any layer
     device = on_device()
     chain = nn.Sequential(*[make_layer("Linear", bits, False, i, 256, 256)[2] for i in range(6)])
     one, n_x = 256 * 256 * dtype.itemsize, 4 * 256 * dtype.itemsize
     x = rand(4, 256).to(dtype).requires_grad_()
     with memory.Ledger(chain) as ledger:
-        chain(x).sum().backward()  # what is made once
+        chain(x).sum().backward()  # makes what is made only once
         assert [t.nbytes for name, t in device.rooms.items() if name[0] == "layer"] == [one]
         x.grad = None
         before = ledger.peak = sum(ledger.live.values())
@@ -293,7 +293,7 @@ def test_casts_leave_codes_and_scales_alone(bits, inside, cast):
 
 @BITS
 def test_every_tensor_moves(bits):
-    """To the "meta" device, the only other one there always is: what stayed behind would fail on a GPU."""
+    """To "meta", the only other device that always exists. A tensor that stays behind would fail on a GPU."""
     layer = make_layer("Linear", bits)[2].to("meta", torch.bfloat16)
     tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     assert {t.device.type for t in tensors.values()} == {"meta"}
@@ -305,7 +305,7 @@ def test_every_tensor_moves(bits):
 
 @BITS
 def test_saved_loaded_and_moved_twice(bits, tmp_path):
-    """bitsandbytes#1946: a state dict without the quantisation's own numbers."""
+    """bitsandbytes#1946: there a saved 4-bit layer lost its quantisation state."""
     one, other = (nn.Sequential(make_layer("Linear", bits, seed=s)[2]) for s in (0, 5))
     wanted = state(one)
     save_file(one.state_dict(), tmp_path / "layer.safetensors")
@@ -353,7 +353,7 @@ BAND = {("gpt2", 8): 0.015, ("gpt2", 4): 0.13, ("llama", 8): 0.05, ("llama", 4):
 @FAMILIES
 @BITS
 def test_load(family, bits, folders):
-    """The blocks' linear layers and only they, from the file's own numbers; the logits stay close to those of 32 bits."""
+    """Only the blocks' linear layers are quantised, from the file's numbers. The logits stay close to those at 32 bits."""
     model, full = weights.load(folders[family], bits=bits), weights.load(folders[family])
     assert low_bit(model).keys() == LAYERS[family]
     assert {type(m) for m in low_bit(model).values()} == {quant.LAYERS[bits]}
@@ -375,7 +375,7 @@ def test_load(family, bits, folders):
 @FAMILIES
 @BITS
 def test_bytes(family, bits, folders):
-    """Logical parameters as at 32 bits; bytes as stored, to the last one; the ledger has them as weights."""
+    """As many parameters as at 32 bits, and exactly the stored bytes, which the ledger counts as weights."""
     model, full = weights.load(folders[family], bits=bits).requires_grad_(False), memory.count(weights.load(folders[family]))
     n = memory.count(model)
     assert n["total"] == full["total"]
@@ -396,7 +396,7 @@ def test_bytes(family, bits, folders):
 @BITS
 @pytest.mark.parametrize("first", ["bias", "weight"])
 def test_shards(family, bits, first, folders, tmp_path):
-    """In the first of two files lie the weights of low-bit layers, in the second their biases, and the other way round."""
+    """One of two files holds the weights, the other the biases of the same layers, in both orders."""
     shutil.copytree(folders[family], tmp_path / "shards")
     tensors = load_file(folders[family] / "model.safetensors")
     (tmp_path / "shards" / "model.safetensors").unlink()
@@ -410,7 +410,7 @@ def test_shards(family, bits, first, folders, tmp_path):
 
 
 class Real(memory.Ledger):
-    """Without the "meta" device's tensors, which have a size and no storage."""
+    """A Ledger that leaves out tensors on "meta", which have a size and no storage."""
 
     def follow(self, tensor, category="activations"):
         if tensor.device.type != "meta":
@@ -419,8 +419,8 @@ class Real(memory.Ledger):
 
 @BITS
 def test_loading_holds_one_tensor_beside_the_quantised_model(bits, tmp_path, monkeypatch):
-    """4.2 M weights in layers: 8.4 MB in 16 bit, 2.2 MB in 4; the largest tensor of the file has 1 MB in float32."""
-    monkeypatch.setattr(quant, "CHUNK", 8192)  # whose temporaries are for layers of any size
+    """The layers have 4.2 M weights: 8.4 MB in 16 bit, 2.2 MB in 4. The largest tensor of the file has 1 MB in float32."""
+    monkeypatch.setattr(quant, "CHUNK", 8192)  # a bound on the temporaries of any layer
     folder = tmp_path / "m"
     folder.mkdir()
     config = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 64}
@@ -433,7 +433,7 @@ def test_loading_holds_one_tensor_beside_the_quantised_model(bits, tmp_path, mon
     with Real(nn.Module()) as ledger:
         model = weights.load(folder, bits=bits)
     stored = memory.count(model)["bytes"]
-    assert stored <= sum(ledger.live.values()) < stored + 2000  # the tables of NF4's and the nested codes
+    assert stored <= sum(ledger.live.values()) < stored + 2000  # the tables of NF4 and of the nested codes
     assert stored + largest < ledger.peak < stored + 2.1 * largest
     assert stored + 2.1 * largest < 2 * layers, "the bound says nothing about a model held in 16 bit"
 
@@ -458,7 +458,7 @@ def test_a_weight_that_is_not_finite_is_named(bits, family, value, folders, tmp_
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
 @BITS
 def test_training_names_the_damaged_16_bit_weight(bits, name, folders, tmp_path, data_file):
-    """Of these the loader does not know, as at 16 and 32 bits: the first loss does, and looks for the cause."""
+    """The loader does not check these weights. The first loss is not finite, and the run then finds the cause."""
     folder = shutil.copytree(folders["llama"], tmp_path / "m")
     put(folder, name, float("nan"), index=slice(None, 60))
     with pytest.raises(UserError, match=f"the checkpoint is damaged: {name} is not finite"):
@@ -469,7 +469,7 @@ def test_training_names_the_damaged_16_bit_weight(bits, name, folders, tmp_path,
 
 @BITS
 def test_a_run_with_everything(bits, folders, tmp_path, data_file, monkeypatch):
-    """Dropout, recomputed layers, packing; the file says what was used, and the loss goes down."""
+    """With dropout, recomputed layers and packing: config.json holds the bits, and the loss falls."""
     no_picture(monkeypatch)
     options = dict(amp=True, steps=6, lora_r=4, lora_dropout=0.1, lora_targets="all", ckpt_every=2, pack=True, lr=2e-2)
     got = run(tmp_path / "a", folders["gpt2"], data_file, bits=bits, **options)
@@ -481,7 +481,7 @@ def test_a_run_with_everything(bits, folders, tmp_path, data_file, monkeypatch):
 
 @BITS
 def test_generate(bits, folders, capsys):
-    """The command replies, and as the model's own argmax does."""
+    """The command's reply is the model's argmax, token by token."""
     generate.main(["--model", str(folders["llama"]), "--bits", str(bits), "--raw", "--prompt", "Say", "--temperature", "0",
                    "--max-new-tokens", "8", "--device", "cpu"])
     said = capsys.readouterr().out

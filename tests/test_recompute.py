@@ -1,4 +1,4 @@
-"""checkpoint.py: what a recomputed layer keeps, what it makes again, and that nothing else changes."""
+"""recompute.py: what a recomputed layer keeps, what it computes again, and that nothing else changes."""
 import pytest
 import torch
 from conftest import make_folder
@@ -45,7 +45,7 @@ def backward(model, amp=False, segments=None, times=1):
 
 
 class OtherMemory:
-    """Stands in for a card's host: what to_host takes away is bytes that no tensor holds, until to_device brings it back."""
+    """Stands in for the host of a GPU: to_host turns a tensor into bytes outside PyTorch, and to_device brings it back."""
 
     def __init__(self, monkeypatch):
         self.bytes = self.out = self.back = 0
@@ -68,7 +68,7 @@ class OtherMemory:
 @pytest.mark.parametrize("options", [{}, {"full": True}, {"amp": True}, {"amp": True, "full": True}],
                          ids=["lora", "full", "lora-amp", "full-amp"])
 def test_gradients_are_equal_bit_for_bit(family, options, folders, monkeypatch):
-    """Dropout on, the first layer's x frozen (LoRA), padded and packed, gradients of two backward passes added up."""
+    """With dropout, an x that needs no gradient (LoRA), padded and packed, over two backward passes that add up."""
     other = OtherMemory(monkeypatch)
     for segments in (None, [30, 34]):
         wanted, state = backward(build(folders[family], **options), "amp" in options, segments, 2), torch.get_rng_state()
@@ -77,19 +77,19 @@ def test_gradients_are_equal_bit_for_bit(family, options, folders, monkeypatch):
             other.out = other.back = 0
             got = backward(build(folders[family], every, offload, **options), "amp" in options, segments, 2)
             assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), (segments, every, offload)
-            assert torch.equal(torch.get_rng_state(), state)  # as if nothing had been computed twice
+            assert torch.equal(torch.get_rng_state(), state)  # as after a run without recomputation
             assert other.out == other.back == offload * 2 * (3 // every)
 
 
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_keeps_its_input_and_offloaded_nothing(family, amp, folders, monkeypatch):
-    """Live activations between forward and backward: 2C bytes a token (4C in float32) for each layer recomputed."""
+    """Between forward and backward a recomputed layer keeps 2C bytes a token (4C in float32). Offloaded: none."""
     def kept(every, offload=False):
         model, ids = build(folders[family], every, offload, amp=amp), torch.zeros(B, T, dtype=torch.long)
         with memory.Ledger(model) as ledger, torch.autocast("cpu", torch.bfloat16, enabled=amp):
             y = model.hidden(ids)
-            live = ledger.live["activations"] + ledger.live["temporaries"]  # before backward nobody knows which is which
+            live = ledger.live["activations"] + ledger.live["temporaries"]  # before backward nothing tells them apart
         y.sum().backward()
         return live
 
@@ -100,7 +100,7 @@ def test_a_layer_keeps_its_input_and_offloaded_nothing(family, amp, folders, mon
 
 
 class Layer(nn.Module):
-    """Two matrices and dropout; counts its products and notes the type they are in."""
+    """Two matrices and dropout. It counts its runs, those that reach the end, and records the type of its products."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +146,7 @@ def test_each_weights_hook_is_called_once_with_its_gradient():
 
 
 def test_a_weight_may_change_in_its_hook():
-    """An optimizer in backward: each weight moves as soon as its gradient is there; the layers below are unaffected."""
+    """An optimizer may run in backward: a weight changes as soon as its gradient exists, and layers below are unaffected."""
     def descend(p):
         p.data.sub_(p.grad)
 
@@ -177,7 +177,7 @@ def test_what_was_made_again_is_gone_after_backward():
     with memory.Ledger(layer) as ledger:
         y = recompute.recompute(layer, x).sum()
         before = sum(ledger.live.values())
-        y.backward(retain_graph=True)  # else the graph's end would free it all
+        y.backward(retain_graph=True)  # so that the graph is not freed
         kept = ledger.live["activations"]  # of the first run; all that is new is the weights' gradients
         assert sum(ledger.live.values()) == before + ledger.live["gradients"] and ledger.live["gradients"] == 2 * 8 * 8 * 4
     assert kept < ledger.at_peak["activations"]

@@ -1,4 +1,4 @@
-"""data.load_tokenizer against the libraries it stands in for: every kind of tokenizer file, the same ids."""
+"""files/tokenizer.py gives the same ids as the reference libraries, for every kind of tokenizer file."""
 import base64
 import json
 import shutil
@@ -41,7 +41,7 @@ def write_json(path, value):
 
 
 def byte_level(folder, specials=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), bos=None, vocab_size=600, **config):
-    """A folder with a byte-level BPE tokenizer.json trained here, and the oracle for it."""
+    """Train a byte-level BPE, write its tokenizer.json into `folder`, and return it as the reference."""
     tok = tokenizers.Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(specials), show_progress=False,
@@ -56,7 +56,7 @@ def byte_level(folder, specials=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
 
 
 def train_sentencepiece(folder, vocab_size=600):
-    """A LLaMA-style sentencepiece model: BPE, bytes for what it lacks, spaces kept, a space put in front."""
+    """A sentencepiece model as LLaMA's: BPE, bytes for unknown characters, spaces kept, a space added in front."""
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()), model_prefix=str(folder / "tokenizer"), vocab_size=vocab_size, model_type="bpe",
@@ -66,7 +66,7 @@ def train_sentencepiece(folder, vocab_size=600):
 
 
 def llama2_json(folder, sp, bos=True, **config):
-    """The same model as Hugging Face converts it: BPE over the whole text, the space put in front by a normaliser."""
+    """The same model as Hugging Face converts it: BPE over the whole text; a normaliser adds the space in front."""
     vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
     merges = []
     for piece, rank in vocab.items():
@@ -89,7 +89,7 @@ def llama2_json(folder, sp, bos=True, **config):
 
 @pytest.fixture(scope="module")
 def sp(tmp_path_factory):
-    """(folder, oracle); the folder holds what a LLaMA checkpoint at its least holds beside the weights."""
+    """(folder, reference). The folder has the fewest files that a LLaMA checkpoint can have beside the weights."""
     folder = tmp_path_factory.mktemp("sp")
     oracle = train_sentencepiece(folder)
     write_json(folder / "config.json", {"bos_token_id": 1, "eos_token_id": 2})
@@ -116,7 +116,7 @@ def test_gpt2_files_equal_transformers_and_tokenizers():
 
 
 def test_gpt2_files_with_other_special_tokens(tmp_path):
-    """ByteLevelBPETokenizer's usual training writes <s>, </s>, ... in front: neither bytes nor merges, so special."""
+    """ByteLevelBPETokenizer's training puts <s>, </s>, ... first. They are neither bytes nor merges, so they are special."""
     tok = tokenizers.ByteLevelBPETokenizer()
     tok.train_from_iterator(corpus(60), vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
                             show_progress=False)
@@ -133,7 +133,7 @@ def test_gpt2_files_with_other_special_tokens(tmp_path):
 
 
 def phi_files(folder, source, first):
-    """What Phi's folder holds beside its tokenizer.json: GPT-2's files and tokens for 31 to 2 spaces, 9 to 2 tabs."""
+    """Phi's files beside tokenizer.json: GPT-2's, and tokens for 31 down to 2 spaces and 9 down to 2 tabs."""
     runs = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
     added = {text: first + i for i, text in enumerate(runs)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ CODE = ["def f(x):\n        if x:\n            return  x\n", "\tif (x) {\n\t\t\t
 
 
 def check_phi(folder, source, first, tmp_path):
-    """vocab.json + merges.txt + added_tokens.json, and the tokenizer.json made of them, against transformers."""
+    """Compare vocab.json + merges.txt + added_tokens.json, and the tokenizer.json made of them, with transformers."""
     import transformers
     added = phi_files(folder, source, first)
     hf = transformers.CodeGenTokenizer.from_pretrained(folder)
@@ -185,7 +185,7 @@ def test_phi_files_equal_transformers(tmp_path):
 
 
 def test_added_tokens_that_are_special(tmp_path):
-    """Special is what tokenizer_config.json calls so, or names as a role; the others are ordinary text."""
+    """A token is special if tokenizer_config.json calls it special or gives it a role. The others are ordinary text."""
     for f in ("vocab.json", "merges.txt"):
         shutil.copy(NANO / f, tmp_path / f)
     write_json(tmp_path / "added_tokens.json", {"<flag>": 4096, "<pad>": 4097, "<more>": 4098, "<word>": 4099})
@@ -267,7 +267,7 @@ def test_where_the_end_token_is_named(tmp_path, form):
     config, gen = {}, None
     if form == "string":
         config = {"eos_token": "<|im_end|>"}
-        write_json(tmp_path / "config.json", {"eos_token_id": 0})  # the tokenizer's goes before the model's, but stops too
+        write_json(tmp_path / "config.json", {"eos_token_id": 0})  # the tokenizer's is used, but both stop a reply
     elif form == "dict":
         config = {"eos_token": {"content": "<|im_end|>", "special": True}}
     elif form == "special_tokens_map":
@@ -293,7 +293,7 @@ def test_no_end_token_named(tmp_path):
 
 
 def test_truncation_and_padding_stored_in_tokenizer_json_do_not_apply(tmp_path):
-    """A file saved after a training run often carries them: every longer text would be cut without a word."""
+    """A file saved after a training run often has them. They would cut every longer text silently."""
     tok = byte_level(tmp_path)
     want = tok.encode("please " * 30).ids
     tok.enable_truncation(8)
@@ -367,7 +367,7 @@ def test_sentencepiece_continued(sp):
     folder, oracle = sp
     ours = data.load_tokenizer(str(folder))
     continued_pieces(ours, oracle.encode)
-    assert ours.encode(" cd", continued=True) != ours.encode(" cd")  # the test can fail: a space too many
+    assert ours.encode(" cd", continued=True) != ours.encode(" cd")  # so the test can fail: with one space too many
     assert ours.decode(ours.encode("ab") + ours.encode(" cd", continued=True)) == "ab cd"
 
 
@@ -378,7 +378,7 @@ def test_llama2_style_tokenizer_json(sp, tmp_path):
     tok.encode_special_tokens = True
     for text in [*TEXTS, *corpus(20)]:
         assert ours.encode(text) == tok.encode(text, add_special_tokens=False).ids, text
-        assert ours.encode(text) == oracle.encode(text), text  # the conversion itself is sound
+        assert ours.encode(text) == oracle.encode(text), text  # the conversion itself is right
         assert ours.decode(ours.encode(text)) == text
     continued_pieces(ours, lambda text: tok.encode(text, add_special_tokens=False).ids)
     assert ours.adds_bos and data.tokenize([("ab", False), (" cd", True)], ours, bos=True)[0] == tok.encode("ab cd").ids
@@ -405,7 +405,7 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 def test_llama3_tokenizer_model(tmp_path):
     vocab, merges = nano_files()
     del vocab["<|endoftext|>"]
-    for a, b in (("9", "8"), ("98", "7"), ("987", "6")):  # the pattern cuts numbers into threes: the last must not be met
+    for a, b in (("9", "8"), ("98", "7"), ("987", "6")):  # the pattern cuts numbers into groups of three digits
         if a + b not in vocab:
             vocab[a + b] = len(vocab)
             merges.append((a, b))

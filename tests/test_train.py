@@ -1,6 +1,6 @@
 """The training loop: what a step computes, what a run leaves, how it stops.
 
-Names such as trl#805 say where others had the bug.
+A name such as trl#805 is a GitHub issue: the bug that the test looks for, in another project.
 """
 import dataclasses
 import json
@@ -39,7 +39,7 @@ ROWS = 18
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder with one tiny model of each family, data of unequal length and two held-out rows."""
+    """A folder with one tiny model of each family, rows of unequal length and held-out rows."""
     folder = tmp_path_factory.mktemp("shared")
     for family in FAMILIES:
         make_folder(folder / family, family)
@@ -50,7 +50,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    no_picture(monkeypatch)  # (the module's fixture `finished` comes before it, and draws)
+    no_picture(monkeypatch)  # (the fixture `finished` runs before this one, and draws)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def dataset(shared, family, file="data.jsonl"):
 
 
 def gradients(monkeypatch, train_it) -> list[torch.Tensor]:
-    """The gradients of a run's first step, as clipping gets them."""
+    """The gradients of a run's first step, before they are clipped."""
     found = []
 
     def spy(parameters, max_norm, *args, **kwargs):
@@ -99,10 +99,10 @@ def assert_same_gradients(got, wanted, tolerance=1e-6):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_micro_batches_have_the_gradient_of_one_batch(family, full, go, shared, monkeypatch):
-    """transformers#34191: 8 micro-batches of 1, and 4 of 2, are one batch of 8: PyTorch's cross-entropy over it."""
+    """transformers#34191: 8 micro-batches of 1, 4 of 2 and one batch of 8 have the gradient of PyTorch's cross-entropy."""
     first = data.plan([len(e.ids) for e in examples(shared, family)], 8, 1, 0, 0)[0][0]
     chosen = [examples(shared, family)[i] for i in first]
-    assert len({sum(t != -100 for t in e.targets) for e in chosen}) > 3  # unequal: a mean of means would be another mean
+    assert len({sum(t != -100 for t in e.targets) for e in chosen}) > 3  # unequal, so a mean of means would differ
 
     def of(b, ga):
         return gradients(monkeypatch, lambda: go(family, f"{b}x{ga}", steps=1, batch_size=b, grad_accum=ga, full=full))
@@ -122,7 +122,7 @@ def test_micro_batches_have_the_gradient_of_one_batch(family, full, go, shared, 
 
 
 def test_an_example_without_a_label_changes_nothing(go, shared, monkeypatch, tmp_path):
-    """unsloth-zoo#1023: a micro-batch whose only example has every label masked adds 0 to the loss and 0 to the labels."""
+    """unsloth-zoo#1023: an example whose labels are all masked adds 0 to the loss and 0 to the number of labels."""
     make_data(tmp_path / "seven.jsonl", 7)
     seven = dict(data=tmp_path / "seven.jsonl", steps=2, lr=1e-3)
     wanted = gradients(monkeypatch, lambda: go(name="without", batch_size=7, **seven))
@@ -145,7 +145,7 @@ def test_an_example_without_a_label_changes_nothing(go, shared, monkeypatch, tmp
 
 
 def test_memory_does_not_grow_with_grad_accum(go, tmp_path):
-    """torchtune#1917: Each micro-batch's graph is freed by its backward."""
+    """torchtune#1917: backward frees the graph of its micro-batch."""
     row = json.dumps({"instruction": "Say it " * 20, "output": "word " * 20})
     (tmp_path / "same.jsonl").write_text((row + "\n") * 16)
     for ga in (1, 4):
@@ -155,7 +155,7 @@ def test_memory_does_not_grow_with_grad_accum(go, tmp_path):
 
 
 def test_the_last_window_is_kept_and_weighed_right(go):
-    """accelerate#963: 18 rows at 2 x 4: steps of 8, 8 and 2 examples, the last divided by its own labels, as with 8 x 1."""
+    """accelerate#963: 18 rows make steps of 8, 8 and 2 examples. The last step is divided by its own labels."""
     wanted = go(name="8x1", epochs=2, batch_size=8, lr=1e-2)
     got = go(name="2x4", epochs=2, batch_size=2, grad_accum=4, lr=1e-2)
     for xs in (got, wanted):
@@ -175,7 +175,7 @@ def test_every_example_once_an_epoch(shared):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_examples_do_not_see_each_other(family, shared):
-    """trl#805: The loss of each example, and the gradient of all, as if each were alone."""
+    """trl#805: the loss of each example and the gradient of all are as if each example were alone."""
     chosen = examples(shared, family)[:5]
     model = weights.load(str(shared / family))
 
@@ -186,19 +186,19 @@ def test_packed_examples_do_not_see_each_other(family, shared):
     alone = [total([e], False) for e in chosen]
     packed = total(chosen, True)
     torch.testing.assert_close(packed, sum(alone), rtol=1e-6, atol=0)
-    for e, wanted in zip(chosen, alone, strict=True):  # one by one: the others' labels masked, their tokens still there
+    for e, wanted in zip(chosen, alone, strict=True):  # one by one: the others' labels masked, not their tokens
         others = [o if o is e else data.Example(o.ids, [loss.IGNORE] * len(o.ids)) for o in chosen]
         torch.testing.assert_close(total(others, True), wanted, rtol=1e-5, atol=0)
     wanted = torch.autograd.grad(sum(alone), list(model.parameters()))
     assert_same_gradients(torch.autograd.grad(packed, list(model.parameters())), wanted)
     batch = data.collate(chosen, True)
-    blurred = loss.sum_loss(model.hidden(batch.ids, batch.positions), model.head, batch.targets)  # seeing across borders
+    blurred = loss.sum_loss(model.hidden(batch.ids, batch.positions), model.head, batch.targets)  # without borders
     assert abs(blurred - packed) > 1e-4 * packed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_layers_keeps_the_gradients(family, go, monkeypatch):
-    """peft#1142: Frozen embeddings, dropout on, every N."""
+    """peft#1142: with frozen embeddings and dropout, for every N."""
     def of(n):
         more = dict(ckpt_every=n, lora_dropout=0.3, lora_targets="all")
         return gradients(monkeypatch, lambda: go(family, f"ckpt{n}", steps=1, **more))
@@ -225,7 +225,7 @@ def test_learning_rate_of_each_schedule():
 
 
 def test_the_schedule_counts_optimizer_steps(go, monkeypatch):
-    """accelerate#963: 6 steps of 4 micro-batches: AdamW is called 6 times, with the 6 learning rates of the schedule."""
+    """accelerate#963: in 6 steps of 4 micro-batches, AdamW is called 6 times, with the 6 learning rates of the schedule."""
     used, adamw = [], AdamW.step
 
     def spy(self, *args, **kwargs):
@@ -244,13 +244,13 @@ def test_the_schedule_counts_optimizer_steps(go, monkeypatch):
 
 @pytest.fixture
 def float16(on_device):
-    """A machine whose 16-bit type is float16: as on GPUs without bfloat16, but on the CPU."""
+    """The CPU's 16-bit type is float16, as on GPUs without bfloat16."""
     on_device(half=torch.float16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float16_follows_float32(family, go, float16):
-    """lightning#9330: With a threshold that every step exceeds: clipping scaled gradients would give another trajectory."""
+    """lightning#9330: every step exceeds the threshold, so clipping scaled gradients would give another trajectory."""
     common = dict(steps=6, lr=1e-2, clip=0.1)
     wanted, got = go(family, "float32", **common), go(family, "float16", amp=True, **common)
     for key, tolerance in (("loss", 2e-3), ("grad_norm", 1e-2)):
@@ -302,7 +302,7 @@ def test_float16_skips_a_step_that_overflows_and_resumes_there(go, shared, float
 
 
 def test_float16_that_never_fits_stops(go, float16, tmp_path, monkeypatch):
-    """LlamaFactory#2916: Overflow at every scale is not the scale's fault."""
+    """LlamaFactory#2916: a run that overflows at every scale stops."""
     too_large_a_scale(monkeypatch, 120)
     with pytest.raises(UserError, match=r"step 25: .*float16"):
         go(steps=40, amp=True, batch_size=1)
@@ -315,7 +315,7 @@ def test_float16_that_never_fits_stops(go, float16, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family,name", [("gpt2", "transformer.h.1.mlp.c_fc.weight"), ("llama", "model.norm.weight"),
                                          ("phi", "lm_head.bias")])
 def test_a_damaged_checkpoint_is_named(family, name, full, tmp_path, data_file):
-    """LlamaFactory#2916."""
+    """LlamaFactory#2916: there training continued for hours with a gradient norm of nan."""
     folder = make_folder(tmp_path / "damaged", family)
     tensors = load_file(folder / "model.safetensors")
     tensors[name].view(-1)[3] = math.nan
@@ -329,7 +329,7 @@ def test_a_damaged_checkpoint_is_named(family, name, full, tmp_path, data_file):
 @pytest.mark.parametrize("more", [{}, {"full": True}, {"clip": 0.0}], ids=["lora", "full", "no-clip"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_that_diverges_stops_and_names_the_learning_rate(family, more, go, tmp_path):
-    """LlamaFactory#2916."""
+    """LlamaFactory#2916: there training continued for hours with a gradient norm of nan."""
     with pytest.raises(UserError, match=r"step [23]: .*lower --lr \(now 1e\+06\)"):
         go(family, steps=10, lr=1e6, **more)
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -337,7 +337,7 @@ def test_a_run_that_diverges_stops_and_names_the_learning_rate(family, more, go,
 
 
 def stop_in_step(monkeypatch, n: int, how):
-    """Call how() inside optimizer step n of the runs under the returned context."""
+    """Call how() inside optimizer step n, until the returned context is left."""
     adamw, calls = AdamW.step, []
 
     def step(self, *args, **kwargs):
@@ -357,7 +357,7 @@ def final_tensors(out):
 
 @pytest.mark.parametrize("family,dropout", [("gpt2", 0.25), ("llama", 0.0), ("phi", 0.25)])
 def test_twenty_steps_are_ten_and_resume_and_ten(family, dropout, go, tmp_path, monkeypatch):
-    """nanoGPT#467: bit for bit, whether the run dies inside a step (and repeats some) or Ctrl-C lets it finish its step."""
+    """nanoGPT#467: equal bit for bit, whether a run dies inside a step and repeats some, or Ctrl-C lets its step finish."""
     common = dict(steps=20, lr=1e-2, batch_size=2, grad_accum=2, save_every=10, eval_every=10, lora_dropout=dropout)
     go(family, "whole", **common)
 
@@ -397,7 +397,7 @@ def test_a_second_ctrl_c_stops_at_once(go, tmp_path, monkeypatch):
 
 
 def test_a_save_that_breaks_off_leaves_the_last_one(go, tmp_path, monkeypatch):
-    """Half a file is written, then the run dies: what was there before is there still."""
+    """The run dies when half a file is written. The earlier file is still there."""
     real, calls = weights.save_file, []
 
     def breaks_off(tensors, path, metadata):
@@ -469,7 +469,7 @@ def test_ctrl_c_in_a_terminal(shared, tmp_path):
     assert [x["step"] for x in steps(out)] == list(range(1, 31)) and (out / "summary.json").is_file()
 
 
-# Imports once, then trains in a child for each line of arguments: a fresh interpreter each time would take seconds to start.
+# Imports once, then forks a child for each line of arguments. A new interpreter for each would take seconds to start.
 SERVER = """
 import json
 import os
@@ -503,7 +503,7 @@ def test_kill_9_at_any_moment_leaves_a_state_to_resume_from(shared, tmp_path):
             wait_for(lambda n=before: n_lines(out) >= n + 3, server)
             time.sleep(rng.uniform(0, 0.04))
             os.kill(pid, signal.SIGKILL)
-            assert int(server.stdout.readline()) == signal.SIGKILL  # not finished: killed
+            assert int(server.stdout.readline()) == signal.SIGKILL  # it was killed, and had not finished
             state = load_file(out / "state" / "state.safetensors")  # whole
             assert len(state) > 10 and all(torch.isfinite(v.float()).all() for v in state.values())
             words = ["--out", str(out), "--resume"]
@@ -536,7 +536,7 @@ def test_held_out_loss_is_the_mean_over_tokens(family, shared):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_evaluations_are_equal_whatever_the_dropout(family, shared):
-    """nanoGPT#240."""
+    """nanoGPT#240: there dropout stayed on in evaluation."""
     found, cfg, values = examples(shared, family), TrainConfig(device="cpu", batch_size=4), []
     for dropout in (0.0, 0.5):
         model = weights.load(str(shared / family))
@@ -551,7 +551,7 @@ def test_two_evaluations_are_equal_whatever_the_dropout(family, shared):
         values += [evaluate(model, found, cfg) for _ in range(2)]
         assert model.training and torch.equal(torch.get_rng_state(), before)
         hidden = model.hidden(torch.tensor([found[0].ids]))
-        assert torch.equal(hidden, model.hidden(torch.tensor([found[0].ids]))) == (dropout == 0)  # it is on in training
+        assert torch.equal(hidden, model.hidden(torch.tensor([found[0].ids]))) == (dropout == 0)  # on in training
     assert all(v == values[0] for v in values)
 
 
@@ -559,12 +559,14 @@ def test_two_evaluations_are_equal_whatever_the_dropout(family, shared):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def finished(request, shared, tmp_path_factory):
-    """A run of 9 steps that unlearns the held-out replies: its best evaluation is not its last."""
+    """A run of 9 steps that unlearns the held-out replies: its best evaluation is not its last, but gpt2's second and the
+    others' first. It is better by 0.05 and more, and moves by 0.0001 from one kind of CPU to another. At lr 0.1 it moved
+    by 0.05 (gpt2 and phi: 0.01), since Adam takes a step of lr along a gradient that is all rounding, too."""
     out = tmp_path_factory.mktemp("finished") / request.param
     zebras = shared / "zebras.jsonl"
     zebras.write_text("".join(json.dumps({"instruction": f"Say zebra {i}", "output": "zebra " * (i + 2)}) + "\n"
                               for i in range(4)))
-    cfg = options(out, shared / request.param, shared / "data.jsonl", val_data=str(zebras), steps=9, eval_every=3, lr=0.1,
+    cfg = options(out, shared / request.param, shared / "data.jsonl", val_data=str(zebras), steps=9, eval_every=3, lr=0.03,
                   schedule="constant", lora_targets="all", samples=2, batch_size=4, grad_accum=2, weight_decay=0.1)
     return request.param, out, train.main(cfg), cfg
 
@@ -587,7 +589,7 @@ def test_the_files_of_a_run(finished, shared):
 
     config = json.loads((out / "config.json").read_text())
     assert config.keys() == {"options", "versions", "seed", "commit"}
-    of_no_run = {"resume", "show_batch", "dry_run"}
+    of_no_run = {"resume", "show_batch", "dry_run", "fit"}
     assert config["options"].keys() == {f.name for f in dataclasses.fields(TrainConfig)} - of_no_run
     given = {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in of_no_run}
     assert {k: config["options"][k] for k in given} == given
@@ -598,7 +600,7 @@ def test_the_files_of_a_run(finished, shared):
     assert [x["step"] for x in got] == list(range(1, 10)) and [x["step"] for x in evals] == [0, 3, 6, 9]
     for x in got:
         assert x.keys() == {"step", "loss", "lr", "grad_norm", "tokens", "examples", "step_s", "tokens_per_s"}
-        assert all(number(v) for v in x.values()) and x["step_s"] > 0 and x["lr"] == 0.1
+        assert all(number(v) for v in x.values()) and x["step_s"] > 0 and x["lr"] == 0.03
         assert x["tokens_per_s"] == pytest.approx(x["tokens"] / x["step_s"])
     assert all(x.keys() == {"step", "val_loss", "val_bits_per_byte"} for x in evals)
     epoch = sum(len(e.ids) for e in examples(shared, family))
@@ -629,8 +631,8 @@ def test_the_summary(finished, shared):
     assert m["by_category"]["optimizer"] >= 8 * params["trainable"]
     assert params["percent"] == pytest.approx(100 * params["trainable"] / params["total"])
     plan = data.Plan(dataset(shared, family), cfg.batch_size, cfg.grad_accum, cfg.seed)
-    sizes = [(0, 0), *map(plan.size, range(1, 9))]  # of the second step on: the first warms up
-    late = [x for i, x in enumerate(got) if i > 0 and sizes[i] <= max(sizes[:i])]  # the larger ones are the ledger's
+    sizes = [(0, 0), *map(plan.size, range(1, 9))]  # the first step is not followed: it warms up
+    late = [x for i, x in enumerate(got) if i > 0 and sizes[i] <= max(sizes[:i])]  # the ledger follows the larger ones
     assert 0 < len(late) < 7
     assert summary["tokens_per_s"] == pytest.approx(sum(x["tokens"] for x in late) / sum(x["step_s"] for x in late))
     assert summary["examples_per_s"] == pytest.approx(sum(x["examples"] for x in late) / sum(x["step_s"] for x in late))
@@ -640,7 +642,7 @@ def test_the_summary(finished, shared):
 def test_best_is_the_lowest_held_out_loss(finished, shared):
     family, out, summary, cfg = finished
     values = summary["loss"]
-    assert values["val_best"] < values["val_after"]  # or this test proves nothing
+    assert values["val_best"] < 0.997 * values["val_after"]  # else this test proves nothing
     for folder, wanted in (("best", "val_best"), ("adapter", "val_after")):
         model = peft_files.load(weights.load(str(shared / family)), out / folder)
         got = evaluate(model, examples(shared, family, "zebras.jsonl"), cfg)
@@ -668,8 +670,8 @@ def test_full_trains_every_weight_and_leaves_model_folders(family, go, shared, t
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_learns(family, full, go, tmp_path):
-    """Four facts, from worse than a uniform guess (log 4096 = 8.3): by heart with --full, well on the way with LoRA, which
-    cannot turn the frozen random head's rows."""
+    """Four facts. Before training the loss is near that of a uniform guess (log 4096 = 8.3). --full learns them by heart;
+    LoRA comes part of the way, because it cannot change the rows of the frozen random head."""
     facts = ("red", " stop"), ("green", " go"), ("blue", " sky"), ("white", " snow")
     toy = tmp_path / "toy.jsonl"
     toy.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in facts))

@@ -1,4 +1,4 @@
-"""Loading is strict and small, saving is whole or not at all."""
+"""Loading is strict and takes little memory. A file is saved as a whole or not at all."""
 import json
 import os
 import re
@@ -31,7 +31,7 @@ def assert_same(a, b):
 
 
 def edit(folder, **changes):
-    """Rewrite model.safetensors; changes: {name: tensor, or None to drop it}."""
+    """Change tensors of model.safetensors: {name: tensor, or None to drop it}."""
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in changes.items():
         tensors.pop(name, None)
@@ -46,7 +46,7 @@ def edit_config(folder, **changes):
 
 
 def shard(folder, weight_map=None):
-    """Two files and an index in place of model.safetensors."""
+    """Split model.safetensors into two files and an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -97,7 +97,7 @@ BROKEN = {  # how a LLaMA folder is damaged -> what the one line must hold
     "misshapen tensor": (lambda d: edit(d, **{Q: torch.ones(32, 31)}),
                          rf"/model.safetensors: tensor {Q} has shape \[32, 31\], config.json asks for \[32, 32\]"),
     "integer tensor": (lambda d: edit(d, **{Q: torch.ones(32, 32, dtype=torch.int8)}),
-                       rf"/model.safetensors: tensor {Q} holds torch.int8; quantised how"),
+                       rf"/model.safetensors: tensor {Q} holds torch.int8, and config.json does not say how"),
     "index without weight_map": (lambda d: (d / "model.safetensors.index.json").write_text('{"metadata": {}}'),
                                  "/model.safetensors.index.json: no weight_map"),
     "index with an empty weight_map": (lambda d: shard(d, {}), "/model.safetensors.index.json: no weight_map"),
@@ -162,7 +162,7 @@ def test_tied_head_stored_twice(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_gpt2_files_of_every_age(prefix, gpt2_folder):
-    """The 2019 files have no prefix and carry the causal masks along; newer ones have it, and no masks."""
+    """The files of 2019 have no prefix and hold the causal masks. Newer files have the prefix, and no masks."""
     now = weights.load(gpt2_folder)
     old = {k.removeprefix("transformer."): v for k, v in load_file(gpt2_folder / "model.safetensors").items()}
     for i in range(3):
@@ -262,7 +262,7 @@ def test_atomic_below_a_file(tmp_path):
 
 
 def test_full_disk(gpt2_folder, tmp_path):
-    """A limit on the size of files stands in for a full disk: the earlier model stays whole, nothing else is left."""
+    """A limit on the size of files stands in for a full disk. The earlier model stays whole, and nothing else is left."""
     target = tmp_path / "target"
     weights.save(weights.load(gpt2_folder), target)
     before = {f.name: f.read_bytes() for f in target.iterdir()}
@@ -271,7 +271,8 @@ def test_full_disk(gpt2_folder, tmp_path):
         import resource
         import signal
         import sys
-        import lora
+        import export
+        from errors import UserError
         from files import weights
         source, target, adapter, merged = sys.argv[1:]
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -281,7 +282,7 @@ def test_full_disk(gpt2_folder, tmp_path):
                     lambda: export.main(["merge", "--model", source, "--adapter", adapter, "--out", merged])):
             try:
                 act()
-            except weights.UserError as e:
+            except UserError as e:
                 print(e)
     """, gpt2_folder, target, tmp_path / "adapter", tmp_path / "merged")
     assert p.returncode == 0, p.stderr
@@ -336,7 +337,7 @@ def test_from_scratch_is_its_seed(family, tmp_path):
 
 
 def test_bfloat16_only_where_it_is_native(monkeypatch):
-    """nanoGPT#277: a card of 2018 says that it supports bfloat16, by emulating it."""
+    """nanoGPT#277: a GPU of 2018 says that it supports bfloat16, which it only emulates."""
     monkeypatch.setattr(device, "DEVICES", {})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert device_of("cuda").half == device_of("cuda:1").half == torch.float16

@@ -9,7 +9,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-import weights  # noqa: E402
+from files import weights  # noqa: E402
 from conftest import randomise  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
