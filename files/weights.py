@@ -81,7 +81,8 @@ def read_config(folder: Path):
     """config.json -> (Config, model class, the raw dict)."""
     path = Path(folder) / "config.json"
     raw = read_json(path)
-    if (kind := str(raw.get("model_type"))) not in FAMILIES:
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not supported (only {', '.join(FAMILIES)})")
     try:
         return *config_from(raw), raw

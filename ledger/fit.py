@@ -129,7 +129,7 @@ def fit(wish: options.TrainConfig) -> dict:
     memory_size, size, device = wish.fit, parse_size(wish.fit), wish.device
     for name in ("resume", "compile", "show_batch", "dry_run"):
         if getattr(wish, name):
-            raise UserError(f"--fit with --{name.replace('_', '-')}: --fit only searches, prints and stops; give one of the two")
+            raise UserError(f"--fit with --{name.replace('_', '-')}: --fit searches, prints and stops; leave one of them out")
     wish = dataclasses.replace(wish, fit=None, dry_run=True, device=wish.device or "cuda")
     answers = {}  # by command, because the search asks for some configurations twice
     bar = tqdm(desc="predicting", unit=" configurations", disable=not sys.stderr.isatty(), leave=False)
@@ -155,7 +155,8 @@ def fit(wish: options.TrainConfig) -> dict:
     if best is None:
         least = min(tried, key=lambda t: -t[2])
         raise UserError(f"nothing fits into {memory_size}. The least is {memory.human(size - least[2])}, for "
-                        f"{command(dataclasses.replace(least[1], device=device))}; take a smaller model, a shorter --max-length, or a larger GPU")
+                        f"{command(dataclasses.replace(least[1], device=device))}; take a smaller model, a shorter "
+                        f"--max-length, or a larger GPU")
     best = dataclasses.replace(best, device=device, dry_run=False)
     print(f"\n{command(best)}")
     return {"command": command(best), "options": dataclasses.asdict(best)}

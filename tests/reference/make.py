@@ -9,9 +9,10 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from files import weights  # noqa: E402
 from conftest import randomise  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+
+from files import weights  # noqa: E402
 
 CONFIGS = {
     "gpt2": {"model_type": "gpt2", "vocab_size": 64, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3},
