@@ -129,7 +129,7 @@ def fit(wish: options.TrainConfig) -> dict:
     memory_size, size, device = wish.fit, parse_size(wish.fit), wish.device
     for name in ("resume", "compile", "show_batch", "dry_run"):
         if getattr(wish, name):
-            raise UserError(f"--fit with --{name.replace('_', '-')}: --fit searches, prints and stops; leave one of them out")
+            raise UserError(f"--fit with --{name.replace('_', '-')}: --fit searches, prints and stops; leave one out")
     wish = dataclasses.replace(wish, fit=None, dry_run=True, device=wish.device or "cuda")
     answers = {}  # by command, because the search asks for some configurations twice
     bar = tqdm(desc="predicting", unit=" configurations", disable=not sys.stderr.isatty(), leave=False)
