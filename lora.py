@@ -135,9 +135,9 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
         raise UserError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
     refuse_adapters(model)
     if init != "default":
+        lora_init.check(init, model.bits, None, alpha)
         if stored is None:
             raise ValueError(f"init={init!r} needs the weights as stored, such as StoredWeights(model.source).read")
-        lora_init.check(init, model.bits, None, alpha)
     model.requires_grad_(False)
     linears = {n: m for n, m in model.named_modules() if is_linear(m)}
     chosen: dict[str, set] = {}  # layer name -> its parts; {None} is the whole layer

@@ -124,10 +124,15 @@ def test_pissa_splits_the_weight(folders, kind, more, bits):
             assert (got[rows] - best).norm() < 1e-4 * best.norm()
         rest = W - got
         if isinstance(m.base_layer, quant.LowBitLinear):
-            transposed = getattr(full.get_submodule(name), "fan_in_fan_out", False)
-            wanted = quant.quantize(full.get_submodule(name), rest.t() if transposed else rest, bits).dequantize()
-            # A number half-way between two codes may take either: `got` is rounded differently from the program's product.
-            assert (held(m.base_layer) - wanted).norm() < 0.02 * (wanted - rest).norm()
+            # A number half-way between two codes may take either, and one of 1,024 that does is a tenth of the error. So what
+            # is quantised here is W minus the program's own product s B A. This product and the one above are each wrong by
+            # at most r + 1 = 4 roundings of their terms, 2^-24 of each; each difference from W adds one rounding more.
+            layer, product = full.get_submodule(name), m.start_delta()
+            own = W - (product.t() if getattr(layer, "fan_in_fan_out", False) else product)
+            terms = m.scale * m.B().abs() @ m.lora_A.abs()
+            assert ((own - rest).abs() <= 2**-24 * (2 * 4 * terms + 2 * rest.abs())).all()
+            wanted = quant.quantize(layer, layer.weight.detach() - product, bits).dequantize()
+            assert torch.equal(held(m.base_layer), wanted)
             assert (held(m.base_layer) + got - W).norm() < (held(weights.load(folders[kind], bits=bits).get_submodule(name))
                                                            - W).norm()
         else:
