@@ -178,6 +178,10 @@ class LowBitLinear(nn.Module):
         """A new tensor W (out, in)."""
         return self.dequantize_into(torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device))
 
+    def with_weight(self, weight: torch.Tensor) -> "LowBitLinear":
+        """The same layer, in the same bits, with another weight in the checkpoint's layout."""
+        return quantize(self, weight, next(bits for bits, layer in LAYERS.items() if isinstance(self, layer)))
+
     def in_room(self, dtype) -> torch.Tensor:
         return layer_room((self.out_features, self.in_features), dtype, self.weight.device)
 

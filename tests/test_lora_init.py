@@ -124,9 +124,9 @@ def test_pissa_splits_the_weight(folders, kind, more, bits):
             assert (got[rows] - best).norm() < 1e-4 * best.norm()
         rest = W - got
         if isinstance(m.base_layer, quant.LowBitLinear):
-            # A number half-way between two codes may take either, and one of 1,024 that does is a tenth of the error. So what
-            # is quantised here is W minus the program's own product s B A. This product and the one above are each wrong by
-            # at most r + 1 = 4 roundings of their terms, 2^-24 of each; each difference from W adds one rounding more.
+            # A number half-way between two codes may take either, and one of 1,024 that does is a tenth of the error. So
+            # what is quantised here is W minus the program's own product s B A. This product and the one above are each
+            # wrong by at most r + 1 = 4 roundings of their terms, 2^-24 of each; the difference from W adds one more.
             layer, product = full.get_submodule(name), m.start_delta()
             own = W - (product.t() if getattr(layer, "fan_in_fan_out", False) else product)
             terms = m.scale * m.B().abs() @ m.lora_A.abs()
