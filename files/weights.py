@@ -187,7 +187,8 @@ def load(name: str, bits: int = 32, device="cpu", compute_dtype: torch.dtype | N
             setattr(model.get_submodule(owner), leaf, layer.to(device))
             layer.bias = bias
         else:
-            set_parameter(model, n, tensor.to(device, torch.float32 if converts and tensor.dim() < 2 else dtype))
+            rounded = tensor.to(device, dtype)  # even if it becomes float32 again: --bits alone decides the values
+            set_parameter(model, n, rounded.float() if converts and tensor.dim() < 2 else rounded)
         del tensor  # before the next one is read
     if extra := [k for k in files if stored and quant.belongs_to(k) in files and k not in used]:
         raise UserError(f"{files[extra[0]]}: unexpected tensor {extra[0]}: its weight is not quantised")

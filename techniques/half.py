@@ -12,13 +12,14 @@ is 4.2 MB in float32, which stays in the cache for the product that follows. So 
 weights from memory. GPT-2's head, 80 rows x 50257 x 768, one core: 84 ms; in float32, 176 ms. Nothing is kept for backward.
 LLaMA-7B: 13.5 GB of weights instead of 27, and 4.2 MB.
 
-Norms and biases, 0.01 % of the weights, are held in float32. Activations are float32, twice the bytes of 16 bit.
+Norms and biases, 0.01 % of the weights, are rounded to 16 bit as everywhere, and held in float32. Activations are float32,
+twice the bytes of 16 bit.
 """
 import torch
 from torch import nn
 
 from techniques.device import device_of
-from techniques.quant import LowBitLinear
+from techniques.quant import FrozenLinear
 
 CHUNK = 2**20  # weights that are converted at a time
 
@@ -53,8 +54,8 @@ def times(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     return y
 
 
-class HalfLinear(LowBitLinear):
-    """A frozen linear layer, W (out, in) in 16 bit. LowBitLinear keeps nothing for backward but the layer itself."""
+class HalfLinear(FrozenLinear):
+    """A frozen linear layer, W (out, in) in 16 bit."""
 
     def __init__(self, linear: nn.Module, weight: torch.Tensor):
         super().__init__(linear)

@@ -90,7 +90,7 @@ def rebase(m, W: torch.Tensor):
     """
     base = m.base_layer
     rest, device = W - m.start_delta().cpu(), base.weight.device
-    if isinstance(base, quant.LowBitLinear):
+    if isinstance(base, quant.FrozenLinear):
         m.base_layer = base.with_weight(rest).to(device)
     else:  # a new tensor, not -=: the weight of a tied head is the embedding's weight too
         base.weight = nn.Parameter(rest.to(device, base.weight.dtype), requires_grad=False)

@@ -125,6 +125,11 @@ def one_machine(request):
         yield
 
 
+def held_dtype(p) -> torch.dtype:
+    """The type of a parameter that --bits 16 holds: norms and biases are float32 where products are (techniques/half.py)."""
+    return torch.float32 if p.dim() < 2 and device_of("cpu").products == torch.float32 else torch.bfloat16
+
+
 @pytest.fixture
 def on_device():
     """on_device(half=torch.float16, ...): until the test ends, the CPU is a device with these answers."""

@@ -245,7 +245,7 @@ def test_the_schedule_counts_optimizer_steps(go, monkeypatch):
 @pytest.fixture
 def float16(on_device):
     """The CPU's 16-bit type is float16, as on GPUs without bfloat16."""
-    on_device(half=torch.float16)
+    on_device(half=torch.float16, products=torch.float16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
