@@ -154,7 +154,7 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
         replace(model, name, LoRALinear(linears[name], r, alpha, dropout, rslora, parts))
     model.lora_init = init
     if init != "default":
-        lora_init.set_start(adapters(model), init, model.bits, stored)
+        lora_init.set_start(adapters(model), init, stored)
     return model
 
 

@@ -10,6 +10,8 @@
     predict     predicted and measured peak, over many combinations of options and several models
     peers       the same job here and in transformers + PEFT (+ bitsandbytes), see transformers_peft.py
     scaling     peak and time of a step against sequence length, batch and layers, with fitted laws
+    speed       the machine's matrix limit in the run's own shapes and types (matrix_limit.py), then the share of it that
+                training reaches, here and in transformers + PEFT. Compare machines by this share, not by tokens/s
 
 A row is one command, `python train.py --model M OPTIONS --steps N --samples 0`. It is run --repeat times.
 
@@ -43,7 +45,8 @@ from bench import plots, tables
 from errors import UserError
 from files import weights
 from files.hub import ASSETS
-from run import record
+from run import prepare, record
+from run.options import parse, resolve
 from techniques.device import usable_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,18 +102,34 @@ def predict_rows(model: str, args) -> list[dict]:
     return [{"name": f"`{options}`" if options else "(defaults)", "model": model, "options": options} for options in PREDICT]
 
 
-def peers_rows(model: str, args) -> list[dict]:
-    """Pairs of rows: this program, then the peer. PEFT can only adapt GPT-2's whole c_attn, so both programs do it."""
+def peers_job(model: str, args) -> tuple[str, str]:
+    """Options of one job, (here, in the peer). PEFT can only adapt GPT-2's whole c_attn, so both programs do it."""
     _, _, raw = weights.read_config(weights.find(model))
     targets = "c_attn" if raw["model_type"] == "gpt2" else "q_proj,v_proj"
     ours = (f"--lora-r 8 --lora-targets {targets} --batch-size 4 --max-length 256 --template alpaca --lr 1e-3 "
             f"--schedule constant --warmup-steps 0" + (" --val-frac 0.01" if args.data else ""))
-    theirs = "--batch-size 4 --max-length 256 --lr 1e-3"
-    rows = []
+    return ours, "--batch-size 4 --max-length 256 --lr 1e-3"
+
+
+def peers_rows(model: str, args) -> list[dict]:
+    """Pairs of rows: this program, then the peer."""
+    (ours, theirs), rows = peers_job(model, args), []
     for job, options in {"16 bit": "--amp", "8 bit": "--amp --bits 8", "4 bit": "--amp --bits 4"}.items():
         rows += [{"name": f"{job}, here", "model": model, "options": f"{options} {ours}"},
                  {"name": f"{job}, peer", "model": model, "options": f"{options} {theirs}", "program": tables.PEER}]
     return rows
+
+
+def speed_rows(model: str, args) -> list[dict]:
+    """The limit, with as many rows as a mean micro-batch has tokens. Then peers' job in float32, with --amp, recomputed."""
+    ours, theirs = peers_job(model, args)
+    cfg = resolve(parse(["--model", model, *ours.split(), *(["--data", args.data] if args.data else [])]))
+    _, _, train_set, _ = prepare.read_data(cfg)
+    n = round(cfg.batch_size * sum(len(e.ids) for e in train_set.examples) / len(train_set))
+    rows = [("limit", f"--positions {n}", tables.LIMIT), ("float32, here", ours, "train.py"),
+            ("float32, peer", theirs, tables.PEER), ("AMP, here", f"--amp {ours}", "train.py"),
+            ("AMP, peer", f"--amp {theirs}", tables.PEER), ("recomputed, here", f"--ckpt-every 1 {ours}", "train.py")]
+    return [{"name": name, "model": model, "options": options, "program": program} for name, options, program in rows]
 
 
 def scaling_rows(model: str, args) -> list[dict]:
@@ -141,18 +160,19 @@ class RunFailed(Exception):
 
 
 def run_one(row: dict, settings: dict) -> dict:
-    """Run one row's process -> its summary.json (the peer: the JSON of its last line), with the commit. Raises RunFailed.
+    """Run one row's process -> its summary.json (others: the JSON of its last line), with the commit. Raises RunFailed.
 
-    For train.py, "step_s" (the median) and "examples" (in the training set) are added.
+    For train.py, "step_s" (the median), "examples" (in the training set) and "labelled_share" (of its tokens) are added.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as tmp:
         program, model = row.get("program", "train.py"), row["model"]
         data = ["--data", absolute(settings["data"])] if settings["data"] else []
         if "sizes" in row:
             model, data = other_depth(model, row["sizes"]["layers"], Path(tmp)), long_text(row["sizes"], settings, Path(tmp))
-        options = ["--model", absolute(model), *row["options"].split(), *data, "--steps", str(settings["steps"]),
+        job = [] if program == tables.LIMIT else [*data, "--steps", str(settings["steps"])]
+        options = ["--model", absolute(model), *row["options"].split(), *job,
                    *["--device", settings["device"]] * bool(settings["device"])]
-        if program == tables.PEER:
+        if program != "train.py":
             start, where = ["-m", f"bench.{program}"], ROOT
         else:
             start, where = [str(ROOT / program)], None
@@ -162,13 +182,15 @@ def run_one(row: dict, settings: dict) -> dict:
             lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
             killed = f"killed by signal {-done.returncode} (9: out of memory?) " if done.returncode < 0 else ""
             raise RunFailed(killed + (lines[-1] if lines else f"exit status {done.returncode}"))
-        if program == tables.PEER:
+        if program != "train.py":
             return {**json.loads(done.stdout.splitlines()[-1]), "commit": commit()}
         summary = weights.read_json(Path(tmp) / "run" / "summary.json")
         # Without the first two steps: the first one warms up, and the ledger always follows the second one.
         steps = [x["step_s"] for x in record.read_log(Path(tmp) / "run") if "step_s" in x][2:]
-        examples = int(re.search(r"training: ([\d,]+) examples", done.stdout)[1].replace(",", ""))
-        return {**summary, "step_s": statistics.median(steps) if steps else None, "examples": examples, "commit": commit()}
+        line = re.search(r"training: ([\d,]+) examples, ([\d,]+) labelled tokens of ([\d,]+)", done.stdout)
+        examples, labelled, tokens = (int(n.replace(",", "")) for n in line.groups())
+        return {**summary, "step_s": statistics.median(steps) if steps else None, "examples": examples,
+                "labelled_share": labelled / tokens, "commit": commit()}
 
 
 def absolute(path: str) -> str:
@@ -227,6 +249,7 @@ BENCHES = {
     "predict": Bench("Predicted against measured peak", predict_rows, tables.predict, plots.predict, 3, 1),
     "peers": Bench("Here against transformers + PEFT", peers_rows, tables.peers, plots.peers, 20, 5),
     "scaling": Bench("Peak and time against length, batch, layers", scaling_rows, tables.scaling, plots.scaling, 6, 3),
+    "speed": Bench("Share of the machine's matrix limit", speed_rows, tables.speed, plots.speed, 20, 5),
 }
 
 
@@ -247,7 +270,7 @@ def machine_and_versions(name: str, device: str | None) -> dict:
     if (where := torch.device(usable_device(device))).type == "cuda":
         machine = f"{torch.cuda.get_device_name(where)}; {machine}"
     versions = {"Python": platform.python_version(), "torch": torch.__version__}
-    for package in PEER_VERSIONS if name == "peers" else ():
+    for package in PEER_VERSIONS if name in ("peers", "speed") else ():
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -359,8 +382,8 @@ def main(argv: list[str] | None = None) -> bool:
     own = {"--model", "--data", "--steps", "--device", "--out", "--samples", "--resume"}
     if taken := own & {x.split("=")[0] for x in extra}:
         raise UserError(f"{min(taken)} belongs before the --, or the bench sets it itself")
-    if extra and args.name == "peers":
-        raise UserError("peers takes no options of train.py: the job must be the same on both sides")
+    if extra and args.name in ("peers", "speed"):
+        raise UserError(f"{args.name} takes no options of train.py: the job must be the same on both sides")
     models = [m for given in args.model or ["gpt2-nano"] for m in given.split(",") if m]
     for m in models:
         weights.find(m)  # so a wrong name is one error here, not one in every row

@@ -109,9 +109,24 @@ def peers(title: str, rows: list[dict], command: str, path):
     bars(axs[0], names, [r["median"]["examples_per_s"] for r in rows], "examples/s", kinds)
     bars(axs[1], names, [(tables.peak(r) if on_gpu else r["median"]["memory"]["rss_peak"]) / 1e6 for r in rows],
          "peak allocated, MB" if on_gpu else "peak RSS, MB", kinds)
+    here_and_peer(fig)
+    save(fig, title, command, path)
+
+
+def here_and_peer(fig):
     fig.legend(handles=[Patch(facecolor="#0072B2", edgecolor=INK, label="here"),
                         Patch(facecolor="#F0E442", hatch="//", edgecolor=INK, label="transformers + PEFT")],
                loc="outside upper right", ncols=2, fontsize=8)
+
+
+def speed(title: str, rows: list[dict], command: str, path):
+    """One bar for each row that trains: its share of the machine's matrix limit, with the type of its products."""
+    good, rows = rows, [r for r in rows if r["program"] != tables.LIMIT]
+    fig, ax = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    names = ["\n".join(dict.fromkeys((r["name"].split(",")[0], tables.products(r)))) for r in rows]
+    bars(ax, names, [tables.share(r, good) for r in rows], "share of the matrix limit, %",
+         [int(r["program"] == tables.PEER) for r in rows])
+    here_and_peer(fig)
     save(fig, title, command, path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 PEER = "transformers_peft"  # the program of a row that is the same job in transformers + PEFT
+LIMIT = "matrix_limit"  # the program of the row that measures the machine
 
 
 def median(runs: list):
@@ -179,6 +180,60 @@ def scaling(rows, good):
             notes.append(f"Time a step against {size}: {a:,.3f} s + {b:,.5f} s x {size} (worst deviation {worst:.1f} %); as "
                          f"a power, {size}^{exponent(xs, times):.2f}.")
     return [NAME, PREDICTED, MEASURED, RSS, STEP, TOKENS], notes
+
+
+def limit_and_flops(good) -> tuple[dict | None, float | None]:
+    """(the row of the limit, FLOPs a token of training as matrix_limit.py counts them), for speed. The peer's job is the
+    same, so its FLOPs are too."""
+    limit = next((r for r in good if r["program"] == LIMIT), None)
+    labelled = next((r["median"]["labelled_share"] for r in good if r["program"] == "train.py"), None)
+    if limit is None or labelled is None:
+        return limit, None
+    return limit, limit["median"]["flops"]["token"] + labelled * limit["median"]["flops"]["labelled_token"]
+
+
+def products(row: dict) -> str:
+    return row["median"]["arithmetic"]["products"]
+
+
+def share(row: dict, good) -> float | None:
+    """The share of the limit of its product type that a row reaches, in %: the median over the repetitions."""
+    limit, flops = limit_and_flops(good)
+    if flops is None:
+        return None
+    pairs = [(run["tokens_per_s"], at["gflops"].get(products(row))) for run, at in zip(row["runs"], limit["runs"])]
+    return statistics.median(100 * flops * x / 1e9 / most for x, most in pairs) if all(x and y for x, y in pairs) else None
+
+
+def speed(rows, good):
+    limit, flops = limit_and_flops(good)
+    most = limit["median"]["gflops"] if limit else {}
+
+    def reached(r):
+        return number(flops * r["median"]["tokens_per_s"] / 1e9 if flops and r["median"]["tokens_per_s"] else None, ",.1f")
+
+    def of_training(make):
+        return lambda r: "" if r["program"] == LIMIT else make(r)
+    columns = [NAME, OPTIONS, ("product type", lambda r: " / ".join(most) if r is limit else products(r)),
+               ("tokens/s", of_training(TOKENS[1])), ("GFLOP/s", of_training(reached)),
+               ("limit, GFLOP/s", lambda r: " / ".join(number(x, ",.1f") for x in most.values()) if r is limit else
+                number(most.get(products(r)), ",.1f")),
+               ("share, %", of_training(lambda r: number(share(r, good), ",.1f")))]
+    notes = ["The limit: x W^T and grad W alone, in the shapes of the model's linear layers, with the tokens of a mean "
+             "micro-batch as rows (bench/matrix_limit.py). The share is GFLOP/s / the limit of the row's product type. Each "
+             "repetition is divided by its own limit; the share is the median. Compare machines by it, not by tokens/s."]
+    if flops:
+        blocks = limit["median"]["flops"]["token"]
+        notes.append(f"Counted for each token that is not padding: {blocks / 1e6:,.1f} MFLOP, 4 for each weight of the "
+                     f"blocks' linear layers, and on average {(flops - blocks) / 1e6:,.1f} MFLOP, 4 for each weight of the "
+                     f"head and labelled token. Not counted: adapters, attention, norms, the optimizer, the second forward "
+                     f"of --ckpt-every 1, and the peer's products of the head with tokens that have no label.")
+    by_name = {r["name"]: r for r in good}
+    for a, b in (("float32, here", "float32, peer"), ("AMP, here", "AMP, peer"), ("recomputed, here", "float32, here")):
+        if a in by_name and b in by_name and (pairs := ratios(by_name[a], by_name[b], "tokens_per_s")):
+            notes.append(f"{a}: {number(statistics.median(pairs))} times the tokens/s of *{b}* "
+                         f"({' '.join(map(number, pairs))}).")
+    return columns, notes
 
 
 def markdown(title: str, table, doc: dict, picture: str | None) -> str:

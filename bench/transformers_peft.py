@@ -141,7 +141,8 @@ def main(args) -> dict:
             "loss": {"first": losses[0], "last": losses[-1], "val_after": total / labels}, "losses": losses,
             "tokens_per_s": sum(tokens[1:]) / timed if timed else None,
             "examples_per_s": args.batch_size * (args.steps - 1) / timed if timed else None,
-            "wall_s": time.perf_counter() - started, "steps": args.steps}
+            "wall_s": time.perf_counter() - started, "steps": args.steps,
+            "arithmetic": {"products": "bfloat16" if args.amp or args.bits else "float32"}}
 
 
 if __name__ == "__main__":

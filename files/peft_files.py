@@ -126,7 +126,7 @@ def restore_base(model: nn.Module, init: str):
     """Set the base weights with which the model's adapters were trained. The adapters come from a file. Raises UserError."""
     model.lora_init = init
     if STARTS[init].joined:
-        lora_init.restore(lora.adapters(model), init, model.bits, weights.StoredWeights(model.source).read)
+        lora_init.restore(lora.adapters(model), init, weights.StoredWeights(model.source).read)
 
 
 def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:

@@ -27,7 +27,7 @@ import phi
 from errors import UserError
 from files import hub
 from files.hub import find, read_json, weight_files
-from techniques import quant
+from techniques import half, quant
 from techniques.device import device_of
 
 # Adding a model family
@@ -114,10 +114,13 @@ class NoInit(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
-def without_storage(model_class, config) -> nn.Module:
-    """The model on the "meta" device: it has shapes, but no storage and no random initialisation."""
+def without_storage(model_class, config, converts: bool = False) -> nn.Module:
+    """A model of shapes only, on the "meta" device. converts: its 16-bit weights are converted for products (half.py)."""
     with torch.device("meta"), NoInit():
-        return model_class(config)
+        model = model_class(config)
+        if converts:
+            half.hold_embedding_and_head(model)
+    return model
 
 
 def stored_bits(folder: Path) -> int | None:
@@ -137,12 +140,14 @@ def stored_bits(folder: Path) -> int | None:
                     f"supported. Take the 16-bit checkpoint and quantise it with --bits 4")
 
 
-def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
+def load(name: str, bits: int = 32, device="cpu", compute_dtype: torch.dtype | None = None) -> nn.Module:
     """A model with its pretrained weights. name: short name, org/name or folder.
 
     bits: 32 (float32) or 16. Or 8 or 4: the linear layers but the head have weights in 8 or 4 bits, all else is in 16 bit.
     Such a weight is quantised on the CPU as soon as it is read, directly from its type in the file. So the whole model never
     exists in 16 bit, and this weight never reaches the GPU in 16 bit.
+    compute_dtype: the type of products and activations, float32 or (below 32 bits) the device's 16-bit type. Default: for 32
+    bits float32, below it the type that the device multiplies faster. How weights are held does not depend on it.
     Raises UserError, with the file and the tensor, unless the files hold exactly the weights of this model.
     """
     if bits not in (32, 16, 8, 4):
@@ -152,8 +157,9 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
     stored = stored_bits(folder)
     if stored not in (None, bits):
         raise UserError(f"--bits {bits}: the weights in {folder} are stored in {stored} bit, load them with --bits {stored}")
-    model = without_storage(model_class, config)
     dtype = torch.float32 if bits == 32 else device_of(device).half
+    converts = bits < 32 and (compute_dtype or device_of(device).products) == torch.float32
+    model = without_storage(model_class, config, converts)
     low_bit = low_bit_weights(model)
     files = {key: path for path in weight_files(folder) for key in tensor_names(path)}
     head, head_weight, used = None, f"{model.head_name}.weight", set()
@@ -164,7 +170,7 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
             check_tensor(tensor, path, key, shape)
         if n == head_weight and config.tied_head:  # some files store the tied matrix twice; both must be equal
             head = tensor.to(device, dtype)
-        elif is_codes or bits < 16 and not stored and n in low_bit:
+        elif is_codes or n in low_bit and (converts or bits < 16 and not stored):
             owner, _, leaf = n.removesuffix(".weight").rpartition(".")
             linear = model.get_submodule(owner).get_submodule(leaf)
             try:
@@ -173,14 +179,16 @@ def load(name: str, bits: int = 32, device="cpu") -> nn.Module:
                     used |= parts.keys()
                     layer = quant.from_checkpoint(linear, tensor, {k.rpartition(".")[2]: t for k, t in parts.items()})
                 else:
-                    layer = quant.quantize(linear, tensor, bits)
+                    layer = (half.from_weight(linear, tensor, dtype) if bits == 16 or stored else
+                             quant.quantize(linear, tensor, bits))
             except ValueError as e:
                 raise UserError(f"{path}: tensor {key}: {e}") from None
             bias, layer.bias = layer.bias, None  # if it is read later, it is still on "meta", where .to(device) would fail
             setattr(model.get_submodule(owner), leaf, layer.to(device))
             layer.bias = bias
         else:
-            set_parameter(model, n, tensor.to(device, dtype))
+            rounded = tensor.to(device, dtype)  # even if it becomes float32 again: --bits alone decides the values
+            set_parameter(model, n, rounded.float() if converts and tensor.dim() < 2 else rounded)
         del tensor  # before the next one is read
     if extra := [k for k in files if stored and quant.belongs_to(k) in files and k not in used]:
         raise UserError(f"{files[extra[0]]}: unexpected tensor {extra[0]}: its weight is not quantised")

@@ -3,8 +3,8 @@
 That process imports PyTorch's compiler (72 MB, 2 seconds), which a training run does not need. It starts in about 3 seconds,
 while the run loads its weights. It answers any number of questions: `--fit` asks about fifteen.
 
-A question is a line of JSON: the options, the model's config.json, and the lengths of the examples in the steps that can
-make the peak. An answer is a line of JSON too:
+A question is a line of JSON: the options, the model's config.json, the types in which the device computes, and the lengths
+of the examples in the steps that can make the peak. An answer is a line of JSON too:
 
     {"peak": bytes, "reserved": bytes or null, "by_category": {...}, "params": what memory.count gives}      or
     {"error": a line}
@@ -26,6 +26,7 @@ from errors import UserError
 from files import hub, weights
 from run import prepare, record, watch
 from run.options import TrainConfig, resolve_for
+from techniques.device import device_of, type_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +47,7 @@ class Predictor:
     def ask(self, cfg: TrainConfig, steps: list) -> "Predictor":
         """Ask for the peak of cfg's run. steps: what `examples_of` returns. Does not wait for the answer."""
         _, _, raw_config = weights.config_of(cfg.model)
-        question = {"options": dataclasses.asdict(cfg), "config": raw_config, "steps": steps}
+        question = {"options": dataclasses.asdict(cfg), "config": raw_config, "steps": steps, "machine": machine(cfg.device)}
         with contextlib.suppress(OSError):  # the process has died: answer() says why
             if self.process:
                 self.process.stdin.write(json.dumps(question) + "\n")
@@ -78,6 +79,11 @@ class Predictor:
         if self.process and error[0]:
             self.process.kill()
         self.close()
+
+
+def machine(device: str) -> dict:
+    """What the prediction must know of `device`: its types."""
+    return {"half": type_name(device_of(device).half), "products": type_name(device_of(device).products)}
 
 
 # ---------------------------------------------------------------------------------------------- the steps to ask about

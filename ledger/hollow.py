@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from files import weights
 from memory import tensors_in
-from techniques import quant
+from techniques import half, quant
 from techniques.device import device_of
 
 
@@ -119,22 +119,27 @@ def written(schema, args, kwargs):
     return results[0] if len(results) == 1 else tuple(results) or None
 
 
-def hollow_model(raw_config: dict, bits: int) -> nn.Module:
+def hollow_model(raw_config: dict, bits: int, compute_dtype: torch.dtype) -> nn.Module:
     """The model that weights.load makes, but from its config.json alone and without memory. For use inside Hollow."""
     config, model_class = weights.config_from(raw_config)
-    model = weights.without_storage(model_class, config)
-    low_bit, made = weights.low_bit_weights(model) if bits < 16 else (), {}
+    dtype, converts = device_of("cpu").half, bits < 32 and compute_dtype == torch.float32
+    model = weights.without_storage(model_class, config, converts)
+    low_bit, made = weights.low_bit_weights(model) if bits < 16 or converts else (), {}
     for n, p in list(model.named_parameters()):
         if n in low_bit:
             owner, _, leaf = n.removesuffix(".weight").rpartition(".")
             linear = model.get_submodule(owner).get_submodule(leaf)
-            if p.shape not in made:
-                made[p.shape] = quant.quantize(linear, hollow(p.shape, torch.float32), bits)
-            twin = made[p.shape]
-            layer = type(twin)(linear, twin.weight.clone(), *(scale.clone() for scale in twin.buffers()))
+            if bits == 16:
+                layer = half.from_weight(linear, hollow(p.shape, dtype), dtype)
+            else:
+                if p.shape not in made:
+                    made[p.shape] = quant.quantize(linear, hollow(p.shape, torch.float32), bits)
+                twin = made[p.shape]
+                layer = type(twin)(linear, twin.weight.clone(), *(scale.clone() for scale in twin.buffers()))
             setattr(model.get_submodule(owner), leaf, layer)
         else:
-            weights.set_parameter(model, n, hollow(p.shape, torch.float32 if bits == 32 else device_of("cpu").half))
+            float32 = bits == 32 or converts and p.dim() < 2
+            weights.set_parameter(model, n, hollow(p.shape, torch.float32 if float32 else dtype))
     model.tie()
     model.bits = bits
     return model

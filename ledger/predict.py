@@ -35,26 +35,26 @@ from ledger import allocator
 from ledger.hollow import Hollow, hollow, hollow_model
 from run import prepare
 from run.options import TrainConfig
-from techniques import optim, quant
-from techniques.device import Device, device_of, pretend
+from techniques import half, optim, quant
+from techniques.device import Device, compute_dtype, device_of, pretend
 
 FEW = 3  # equal pieces of work that are run instead of thousands: one in use, one that arrives, one that leaves
 
 
-def predict(cfg: TrainConfig, raw_config: dict, steps: list) -> dict:
+def predict(cfg: TrainConfig, raw_config: dict, steps: list, machine: dict) -> dict:
     """The answer to a question; ask.py describes both."""
     gpu = cfg.device if torch.device(cfg.device).type == "cuda" else None  # (Apple's GPU has no memory of its own)
     cfg = dataclasses.replace(cfg, device="cpu", resume=False)
     steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in step] for step in steps]
-    with one_thread(), torch.random.fork_rng([]), Hollow(), pretend("cpu", predicted_device(gpu)) as device:
-        model = hollow_model(raw_config, 32 if cfg.full else cfg.bits)
+    with one_thread(), torch.random.fork_rng([]), Hollow(), pretend("cpu", predicted_device(gpu, machine)) as device:
+        model = hollow_model(raw_config, 32 if cfg.full else cfg.bits, compute_dtype("cpu", cfg.amp))
         prepare.set_trainable(model, cfg)
         for m in lora.adapters(model).values():
             if cfg.lora_init == "pissa" or cfg.lora_init == "loftq" and isinstance(m.base_layer, quant.LowBitLinear):
                 m.keep_start(m.lora_A, m.B())
         params = memory.count(model)
         optimizer, scaler = prepare.make_optimizer(model, cfg), prepare.make_scaler(cfg)
-        do_as_a_first_step(model, optimizer)
+        do_as_a_first_step(model, optimizer, compute_dtype("cpu", cfg.amp))
         ledger_class, workspaces = memory.Ledger, list(device.rooms.values())
         if gpu:
             workspaces += [hollow((cublas_workspace(gpu),), torch.uint8) for _ in range(2)]
@@ -70,11 +70,15 @@ def predict(cfg: TrainConfig, raw_config: dict, steps: list) -> dict:
             "by_category": ledger.at_peak, "params": params}
 
 
-def predicted_device(gpu: str | None) -> Device:
-    """The machine that is predicted. It has rooms of its own, so no hollow tensor stays in the rooms of this machine."""
+def predicted_device(gpu: str | None, machine: dict) -> Device:
+    """The device that is predicted. It has rooms of its own, so no hollow tensor stays in the rooms of this machine.
+
+    machine: {"half": "bfloat16", "products": "float32"}, the device's answers as ask.py found them.
+    """
+    answers = {name: getattr(torch, dtype) for name, dtype in machine.items()}
     if gpu is None:
-        return dataclasses.replace(device_of("cpu"), pieces=FEW, rooms={})
-    return Device("cuda", host="meta", pieces=FEW, nf4_kernel=lambda packed, absmax, levels, out: out)
+        return dataclasses.replace(device_of("cpu"), **answers, pieces=FEW, rooms={})
+    return Device("cuda", **answers, host="meta", pieces=FEW, nf4_kernel=lambda packed, absmax, levels, out: out)
 
 
 @contextlib.contextmanager
@@ -111,7 +115,7 @@ def cublas_workspace(gpu: str) -> int:
     return 32 * 2**20 if hopper else 2 * 4096 * 1024 + 8 * 16 * 1024
 
 
-def do_as_a_first_step(model, optimizer):
+def do_as_a_first_step(model, optimizer, dtype: torch.dtype):
     """Make what the first step of a run leaves in memory: the optimizer's states, its tables, the rooms for dequantised
     weights."""
     for group in optimizer.param_groups:
@@ -121,8 +125,10 @@ def do_as_a_first_step(model, optimizer):
         optim.tables(signed, torch.device("cpu"))
     device = device_of("cpu")
     for m in model.modules():
-        if isinstance(m, quant.LowBitLinear):
-            m.in_room(device.half)
+        if isinstance(m, half.HalfLinear):
+            half.room("cpu", dtype, m.weight.shape[1])
+        elif isinstance(m, quant.LowBitLinear):
+            m.in_room(dtype)
             if isinstance(m, quant.NF4Linear) and not device.nf4_kernel:
                 quant.nf4_rooms(device, m.weight.device)
 
@@ -132,7 +138,8 @@ def main():
     for line in sys.stdin:
         question = json.loads(line)
         try:
-            answer = predict(TrainConfig(**question["options"]), question["config"], question["steps"])
+            cfg = TrainConfig(**question["options"])
+            answer = predict(cfg, question["config"], question["steps"], question["machine"])
         except UserError as e:
             answer = {"error": str(e)}
         except Exception as e:  # one line for the run that asked: it continues without the prediction

@@ -8,7 +8,7 @@ import data
 from errors import UserError
 from run import record
 from run.options import TrainConfig
-from techniques.device import autocast, device_of, type_name
+from techniques.device import autocast, compute_dtype, type_name
 from techniques.loss import sum_loss
 
 
@@ -37,8 +37,8 @@ def why_not_finite(model: nn.Module, cfg: TrainConfig, step: int) -> str:
             if step == 0 or not p.requires_grad:
                 return f"the checkpoint is damaged: {n} is not finite"
             return f"training diverged: {n} is not finite; lower --lr (now {cfg.lr:g}) or --clip (now {cfg.clip:g})"
-    if cfg.amp:
-        return (f"the weights are finite, so the {type_name(device_of(cfg.device).half)} arithmetic overflowed; "
+    if (dtype := compute_dtype(cfg.device, cfg.amp)) != torch.float32:
+        return (f"the weights are finite, so the {type_name(dtype)} arithmetic overflowed; "
                 f"try without --amp, or a lower --lr")
     return f"the weights are finite, so the activations overflowed; lower --lr (now {cfg.lr:g})"
 

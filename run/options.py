@@ -10,10 +10,12 @@ import math
 import re
 from dataclasses import dataclass
 
+import torch
+
 from errors import UserError
 from files.hub import ASSETS
 from techniques import lora_init
-from techniques.device import usable_device
+from techniques.device import compute_dtype, usable_device
 from techniques.optim import OPTIMIZERS
 
 
@@ -51,7 +53,8 @@ class TrainConfig:
                              "positions if they are fewer)", type=int)
     pack: bool = option(False, "data", "lay the examples of a micro-batch end to end instead of padding them")
     show_batch: bool = option(False, "data", "print the first micro-batch, with the labelled tokens marked, and stop")
-    amp: bool = option(False, "memory", "matrix products in bfloat16 (float16 on a GPU without bfloat16)")
+    amp: bool = option(False, "memory", "matrix products in bfloat16 (float16 on a GPU without bfloat16), if the device is "
+                       "faster so; else --amp only sets --bits 16")
     ckpt_every: int = option(0, "memory", "recompute every N-th layer in backward; keep only its input (0: none, 1: all)")
     ckpt_offload: bool = option(False, "memory", "the input that a recomputed layer keeps waits in host memory")
     batch_size: int = option(8, "memory", "examples a micro-batch")
@@ -144,9 +147,12 @@ def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
     """The bits of a frozen weight. Raises UserError."""
     if stored and cfg.full:
         raise UserError(f"--full: {cfg.model} is stored in {stored} bit; only adapters can be trained on it")
-    bits = cfg.bits or stored or (16 if cfg.amp and (not cfg.full or cfg.optimizer == "offload_adamw") else 32)
-    if bits < 32 and not cfg.amp:
-        raise UserError(f"--bits {bits} needs --amp: such weights are multiplied in 16 bit")
+    half_products = compute_dtype(cfg.device, cfg.amp) != torch.float32
+    in_16_bit = half_products and cfg.optimizer == "offload_adamw" if cfg.full else cfg.amp
+    bits = cfg.bits or stored or (16 if in_16_bit else 32)
+    if bits == 16 and cfg.full and not half_products:
+        raise UserError("--bits 16 with --full: products run in float32 here, and only frozen weights are converted for a "
+                        "product; leave --bits out")
     lora_init.check(cfg.lora_init, bits, stored, cfg.lora_alpha)
     return bits
 

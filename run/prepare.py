@@ -7,7 +7,7 @@ import lora
 from errors import UserError
 from files import weights
 from run.options import TrainConfig
-from techniques.device import device_of
+from techniques.device import compute_dtype, device_of
 from techniques.optim import OPTIMIZERS, AdamW
 
 
@@ -42,7 +42,10 @@ def load_model(cfg: TrainConfig) -> nn.Module:
         device, bits = "cpu", 32
     else:
         device, bits = cfg.device, cfg.bits
-    model = weights.from_scratch(cfg.model, device, cfg.seed) if cfg.from_scratch else weights.load(cfg.model, bits, device)
+    if cfg.from_scratch:
+        model = weights.from_scratch(cfg.model, device, cfg.seed)
+    else:
+        model = weights.load(cfg.model, bits, device, compute_dtype(cfg.device, cfg.amp))
     init = "default" if cfg.resume else cfg.lora_init  # a resumed run reads the start of its adapters from its state
     set_trainable(model, cfg, init)
     if cfg.ckpt_offload and not device_of(cfg.device).own_memory:
@@ -78,5 +81,5 @@ def make_scaler(cfg: TrainConfig) -> torch.amp.GradScaler:
     The loss is multiplied by a large number, the scale, and the gradients are divided by it before they are clipped.
     When a gradient overflows, the step is skipped and the scale is halved.
     """
-    half = cfg.amp and device_of(cfg.device).half == torch.float16
+    half = compute_dtype(cfg.device, cfg.amp) == torch.float16
     return torch.amp.GradScaler(torch.device(cfg.device).type, enabled=half)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import memory
 from errors import UserError
 from files import weights
-from techniques.device import device_of, type_name
+from techniques.device import compute_dtype, device_of, type_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,8 +49,16 @@ def announce(cfg, params: dict, train_set, val_set, out: Path):
         print(f"{name}: {len(d):,} examples, {d.n_labels:,} labelled tokens of {sum(len(e.ids) for e in d.examples):,}"
               + (f"; {d.n_dropped} rows dropped (nothing to learn)" if d.n_dropped else "")
               + (f"; {d.n_truncated} cut at {cfg.max_length}" if d.n_truncated else ""))
-    half = f", {type_name(device_of(cfg.device).half)}" if cfg.amp else ""
-    print(f"{cfg.steps} steps of {cfg.batch_size} x {cfg.grad_accum}, lr {cfg.lr:g}, {cfg.device}{half} -> {out}")
+    if cfg.amp or cfg.bits < 32:
+        print("{why}: weights are held in {weights}, products run in {products}".format(**arithmetic(cfg)))
+    print(f"{cfg.steps} steps of {cfg.batch_size} x {cfg.grad_accum}, lr {cfg.lr:g}, {cfg.device} -> {out}")
+
+
+def arithmetic(cfg) -> dict:
+    """How frozen weights are held, in which type they are multiplied, and why. For config.json and summary.json."""
+    device, products = device_of(cfg.device), compute_dtype(cfg.device, cfg.amp)
+    return {"weights": {32: "float32", 16: type_name(device.half)}.get(cfg.bits, f"{cfg.bits} bit"),
+            "products": type_name(products), "why": device.why if cfg.amp else "without --amp"}
 
 
 def parameters(name: str, params: dict) -> str:
@@ -65,7 +73,7 @@ def write_config(out: Path, cfg):
     not_saved = ("resume", "show_batch", "dry_run", "fit")
     config = {"options": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in not_saved},
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seed": cfg.seed,
-              "commit": git.stdout.strip() if git and git.returncode == 0 else None}
+              "commit": git.stdout.strip() if git and git.returncode == 0 else None, "arithmetic": arithmetic(cfg)}
     weights.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -191,7 +199,7 @@ def summarise(run, params: dict, prediction: dict, watch, progress: Progress) ->
         "loss": {"first": seen["loss_first"], "last": seen["loss_last"], "val_before": seen["val_before"],
                  "val_after": seen["val_after"], "val_best": seen["val_best"]},
         "tokens_per_s": progress.per_second("tokens"), "examples_per_s": progress.per_second("examples"),
-        "wall_s": seen["wall_s"], "steps": run.step,
+        "wall_s": seen["wall_s"], "steps": run.step, "arithmetic": arithmetic(run.cfg),
     }
     weights.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     plot_losses(run.out)

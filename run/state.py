@@ -93,6 +93,10 @@ class Run:
         self.scaler.load_state_dict(numbers["scaler"])
         record.rewind_log(self.out, self.step)
         print(f"resumed {self.out} after step {self.step}")
+        before, now = hub.read_json(self.out / "config.json").get("arithmetic"), record.arithmetic(self.cfg)
+        if before and before["products"] != now["products"]:
+            print(f"its products ran in {before['products']} until here, and now run in {now['products']} ({now['why']}): "
+                  f"the run will not equal an uninterrupted one bit for bit")
 
 
 def state_file(out) -> Path:

@@ -5,6 +5,7 @@
     recompute      forget a layer's activations, compute them again
     optim          AdamW, and four ways to keep its states
     quant          frozen weights in 8 and 4 bits; nf4_triton is its GPU kernel
+    half           weights in 16 bit on a device that multiplies float32 faster
     lora_init      where an adapter starts
     device         what this machine is good at
 """

@@ -16,6 +16,7 @@ it page by page. The cost of this room: the bytes of the largest layer in 16 bit
 import contextlib
 import functools
 import importlib.util
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,7 +31,9 @@ class Device:
     """The answers for one device. The defaults are a GPU's."""
 
     type: str  # "cpu", "cuda" or "mps"
-    half: torch.dtype = torch.bfloat16  # the 16-bit type that it multiplies natively
+    half: torch.dtype = torch.bfloat16  # its 16-bit type, in which --bits 16 holds weights
+    products: torch.dtype | None = None  # the type in which --amp multiplies: half (the default), or float32 if faster
+    why: str = ""  # the reason for `products`, in words
     float32_backward: bool = False  # attention's backward is faster in float32 than in 16 bit (attention.py)
     host: str = "cpu"  # where offloaded tensors wait (optim.py, recompute.py)
     logits_chunk: int = 2**22  # logits that exist at the same time (loss.py): 16.8 MB in float32
@@ -41,6 +44,13 @@ class Device:
     # thousands.
     pieces: int | None = None
     rooms: dict[tuple, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        """Raises ValueError for answers that no device can give."""
+        self.products = self.products or self.half
+        if self.half not in (torch.bfloat16, torch.float16) or self.products not in (self.half, torch.float32):
+            raise ValueError(f"Device {self.type!r}: half {self.half} must be bfloat16 or float16, and products "
+                             f"{self.products} must be the same or float32")
 
     @property
     def own_memory(self) -> bool:
@@ -75,14 +85,66 @@ def numbered(device) -> torch.device:
 
 def detect(device: torch.device) -> Device:
     """What is known about this machine's `device`."""
+    if device.type != "cpu" and not torch.get_device_module(device).is_available():
+        return Device(device.type)  # a GPU that is predicted and not here: the usual answers
+    half, answers = torch.bfloat16, {}
     if device.type == "cpu":
         # 512 kB of float32 stay in a core's cache; a GPU would spend its time on starting kernels that small.
-        return Device("cpu", float32_backward=True, optimizer_chunk=2**17)
+        answers = {"float32_backward": True, "optimizer_chunk": 2**17}
     if device.type == "cuda":
         # GPUs before Ampere emulate bfloat16: correctly, but very slowly (nanoGPT#277).
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Device("cuda", half=torch.bfloat16 if native else torch.float16, nf4_kernel=triton_kernel())
-    return Device(device.type)
+        half = half if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        answers = {"nf4_kernel": triton_kernel()}
+    products, why = faster_type(device, half)
+    return Device(device.type, half, products, why, **answers)
+
+
+def faster_type(device: torch.device, half: torch.dtype) -> tuple[torch.dtype, str]:
+    """(half or float32: the type in which `device` multiplies faster, the measurement in words).
+
+    A CPU without 16-bit units emulates them, and backward's layout is the worst. GFLOP/s of a 64 x 256 x 256 product on one
+    core of an EPYC, forward and backward: bfloat16 138 and 146 with AVX-512's units, 15 and 3 without; float32 92 and 85.
+    It is measured and not looked up, because the name of an instruction set does not say how fast it is. 16 bit is chosen
+    even if it is a fifth slower, because it halves the activations.
+    """
+    try:
+        speed = measure(device, (half, torch.float32))
+    except Exception as e:  # each backend raises its own kind: all mean that it cannot be measured
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        return torch.float32, f"products in {type_name(half)} could not be measured on {device.type} ({reason})"
+    said = " and ".join(f"{type_name(dtype)} at {n:,.0f} GFLOP/s" for dtype, n in speed.items())
+    where = f"one core of this {device.type.upper()}" if device.type == "cpu" else f"this {device.type}"
+    return half if speed[half] > speed[torch.float32] / 1.2 else torch.float32, f"{where} multiplies {said}"
+
+
+def measure(device: torch.device, dtypes) -> dict[torch.dtype, float]:
+    """GFLOP/s of x W^T and x W together, the layouts of forward and backward. The best of five tries, on one core.
+
+    On several cores a busy machine makes the threads wait for each other, which says nothing about the types. The types
+    take turns. It takes 10 milliseconds, or 50 where 16 bit is slow.
+    """
+    rows, width = (64, 256) if device.type == "cpu" else (1024, 1024)  # a GPU needs more to be busy
+    tensors = {dtype: [torch.ones(n, width, device=device).to(dtype) for n in (rows, width)] for dtype in dtypes}
+    seconds = {dtype: [] for dtype in dtypes}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(6):  # the first time warms up
+            for dtype, (x, W) in tensors.items():
+                synchronize(device)
+                start = time.perf_counter()
+                x @ W.t()
+                x @ W
+                synchronize(device)
+                seconds[dtype].append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return {dtype: 2 * 2 * rows * width * width / min(times[1:]) / 1e9 for dtype, times in seconds.items()}
+
+
+def synchronize(device: torch.device):
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
 
 
 @functools.cache
@@ -109,13 +171,20 @@ def pretend(name: str, device: Device):
 
 
 def autocast(device, enabled: bool = True):
-    """--amp: matrix products in 16 bit.
+    """--amp: matrix products in 16 bit, if the device multiplies them faster than float32.
 
     Autocast over *float32* weights keeps a 16-bit copy of each weight for the whole forward. LLaMA-7B: 27 GB of weights
     and 13.5 GB of copies. Frozen weights need no float32 master. So with --amp they are held in 16 bit from the start
     (13.5 GB), and autocast has nothing to copy.
     """
-    return torch.autocast(torch.device(device).type, dtype=device_of(device).half) if enabled else nullcontext()
+    if compute_dtype(device, enabled) == torch.float32:
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=device_of(device).half)
+
+
+def compute_dtype(device, amp: bool) -> torch.dtype:
+    """The type of products and activations. (bitsandbytes' word for it.)"""
+    return device_of(device).products if amp else torch.float32
 
 
 def usable_device(name: str | None) -> str:

@@ -54,10 +54,10 @@ def check(init: str, bits: int, stored: int | None, alpha: float = 1.0):
         raise UserError(f"--lora-alpha {alpha}: must be above 0, because --lora-init {init} divides by it")
 
 
-def set_start(adapters: dict, init: str, bits: int, stored: Callable[[str], torch.Tensor]):
+def set_start(adapters: dict, init: str, stored: Callable[[str], torch.Tensor]):
     """Set the adapters (name -> LoRALinear) to the start that `init` ("loftq" or "pissa") gives them. Raises UserError.
 
-    bits: of the model's weights. stored: a function from a weight's name to the weight as the checkpoint stores it:
+    stored: a function from a weight's name to the weight as the checkpoint stores it:
     float32, laid out as in the file.
     """
     for name, m in tqdm(adapters.items(), desc=f"lora-init {init}", disable=not sys.stderr.isatty(), unit="layer"):
@@ -80,30 +80,30 @@ def set_start(adapters: dict, init: str, bits: int, stored: Callable[[str], torc
                 A[:len(S)] = torch.where(S[:, None] > 1e-6 * R.norm(), root[:, None] * Vt, A[:len(S)])
             m.keep_start(m.lora_A, m.B())
         if init == "pissa":
-            rebase(m, W, bits)
+            rebase(m, W)
 
 
-def rebase(m, W: torch.Tensor, bits: int):
+def rebase(m, W: torch.Tensor):
     """Set m's base to W - s B0 A0 (pissa), in its own bits. W: as the checkpoint stores it, float32.
 
     It is computed on the CPU, whatever the device is: every load computes it again, and must get the same codes.
     """
     base = m.base_layer
     rest, device = W - m.start_delta().cpu(), base.weight.device
-    if isinstance(base, quant.LowBitLinear):
-        m.base_layer = quant.quantize(base, rest, bits).to(device)
+    if isinstance(base, quant.FrozenLinear):
+        m.base_layer = base.with_weight(rest).to(device)
     else:  # a new tensor, not -=: the weight of a tied head is the embedding's weight too
         base.weight = nn.Parameter(rest.to(device, base.weight.dtype), requires_grad=False)
 
 
-def restore(adapters: dict, init: str, bits: int, stored: Callable[[str], torch.Tensor]):
+def restore(adapters: dict, init: str, stored: Callable[[str], torch.Tensor]):
     """Give adapters that were read from a file, with their starts, the base that they were trained with.
 
     Arguments as for set_start.
     """
     if init == "pissa":
         for name, m in tqdm(adapters.items(), desc="lora-init pissa", disable=not sys.stderr.isatty(), unit="layer"):
-            rebase(m, stored(f"{name}.weight"), bits)
+            rebase(m, stored(f"{name}.weight"))
 
 
 # ---------------------------------------------------------------------------------------------- Eckart and Young

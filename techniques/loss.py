@@ -18,6 +18,7 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.nn import functional as F
 
+from techniques import half
 from techniques.device import device_of
 
 IGNORE = -100  # the label of a position without a loss, as everywhere in PyTorch
@@ -31,14 +32,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         Rows with the label -100 are padding: they have no loss and no gradient. chunk: rows at a time.
         """
         need_h, need_w, need_b, *_ = ctx.needs_input_grad
-        w = weight.to(h.dtype)
+        converts = h.dtype == torch.float32 != weight.dtype  # 16-bit weights, float32 products: chunk by chunk (half.py)
+        w = weight if converts else weight.to(h.dtype)
         dh = torch.empty_like(h) if need_h else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
         db = torch.zeros_like(bias, dtype=torch.float32) if need_b else None
         total = torch.zeros((), device=h.device)  # float32
         for i in range(0, len(h), chunk):
             x, y = h[i:i + chunk], labels[i:i + chunk, None]
-            logits = (x @ w.t()).float()  # (n, V)
+            logits = half.times_transposed(x, w) if converts else (x @ w.t()).float()  # (n, V)
             if bias is not None:
                 logits += bias
             logz = logits.logsumexp(-1, keepdim=True)
@@ -50,7 +52,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, y, padding.float() - 1)
                 g = grad.to(h.dtype)
                 if need_h:
-                    dh[i:i + chunk] = g @ w
+                    dh[i:i + chunk] = half.times(g, w) if converts else g @ w
                 if need_w:
                     dw += g.t() @ x
                 if need_b:
@@ -84,7 +86,8 @@ def gathered_loss(hidden, head, labels, chunk):
     rest = -len(labelled) % 16  # matrix units work in tiles of 16 rows; and fewer shapes occur (see data.collate)
     h = F.pad(hidden.flatten(0, -2)[labelled], (0, 0, 0, rest))  # (N, C)
     y = F.pad(labels[labelled], (0, rest), value=IGNORE)
-    h = h.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
+    h = h.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device)
+             else torch.promote_types(h.dtype, weight.dtype))
     with torch.autocast(device, enabled=False):
         if hasattr(head, "widen"):  # a head with an adapter: its rank becomes more columns of h and weight
             h, weight = head.widen(h)

@@ -140,8 +140,8 @@ def layer_room(shape, dtype, device) -> torch.Tensor:
                                   lambda n: torch.empty(n, dtype=dtype, device=device)).view(shape)
 
 
-class LowBitProduct(torch.autograd.Function):
-    """x W^T for a W in few bits. Only the layer itself, which exists anyway, is kept for backward."""
+class FrozenProduct(torch.autograd.Function):
+    """x W^T for a W that is made for each product. Only the layer itself, which exists anyway, is kept for backward."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -153,11 +153,11 @@ class LowBitProduct(torch.autograd.Function):
         return ctx.layer.times(grad), None
 
 
-class LowBitLinear(nn.Module):
-    """A frozen linear layer with W (out, in) in few bits. It has the attributes that lora.py expects of a linear layer.
+class FrozenLinear(nn.Module):
+    """A frozen linear layer that holds W (out, in) in a form of its own. It has the attributes that lora.py expects.
 
-    linear: the nn.Linear or Conv1D (GPT-2) whose sizes and bias it takes over. `weight` is a parameter of integers, so
-    PyTorch refuses to train it.
+    linear: the nn.Linear or Conv1D (GPT-2) whose sizes and bias it takes over. A subclass has `weight`, and says how W is
+    made from it: `dequantize_into`.
     """
 
     def __init__(self, linear: nn.Module):
@@ -166,12 +166,11 @@ class LowBitLinear(nn.Module):
         self.fan_in_fan_out = getattr(linear, "fan_in_fan_out", False)  # in the checkpoint; here W is always (out, in)
         if hasattr(linear, "parts"):
             self.parts = linear.parts
-        self.n_weights = self.in_features * self.out_features
 
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = LowBitProduct.apply(x, self)
+        y = FrozenProduct.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype=torch.float32) -> torch.Tensor:
@@ -187,6 +186,21 @@ class LowBitLinear(nn.Module):
     def times(self, grad):
         return grad @ self.dequantize_into(self.in_room(grad.dtype))
 
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class LowBitLinear(FrozenLinear):
+    """W in 8 or 4 bits. `weight` is a parameter of integers, so PyTorch refuses to train it."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__(linear)
+        self.n_weights = self.in_features * self.out_features
+
+    def with_weight(self, weight: torch.Tensor) -> "LowBitLinear":
+        """The same layer, in the same bits, with another weight in the checkpoint's layout."""
+        return quantize(self, weight, next(bits for bits, layer in LAYERS.items() if isinstance(self, layer)))
+
     def _apply(self, fn, recurse=True):
         """.to(dtype) would cast every float buffer, but the scales must stay float32. (PyTorch does not cast the codes.)"""
         scales = dict(self._buffers)
@@ -195,9 +209,6 @@ class LowBitLinear(nn.Module):
             if scale is not None:
                 self._buffers[name] = scale.to(self._buffers[name].device)
         return self
-
-    def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class Int8Linear(LowBitLinear):

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 from files import weights  # noqa: E402
 from ledger import ask  # noqa: E402
-from techniques.device import device_of, pretend  # noqa: E402
+from techniques.device import Device, device_of, pretend  # noqa: E402
 
 NANO = ROOT / "assets" / "gpt2-nano"
 GPT2 = {"model_type": "gpt2", "vocab_size": 4096, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4,
@@ -112,9 +112,32 @@ def no_prediction():
         yield
 
 
+def pytest_addoption(parser):
+    parser.addoption("--products", default="bfloat16", choices=("bfloat16", "float32"),
+                     help="the type in which --amp multiplies: float32 runs the tests as on a CPU without 16-bit units")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_machine(request):
+    """The tests take the same path on every machine, however fast its CPU multiplies in 16 bit. on_device changes it."""
+    products = getattr(torch, request.config.getoption("--products"))
+    with pretend("cpu", Device("cpu", products=products, why="a test", float32_backward=True, optimizer_chunk=2**17)):
+        yield
+
+
+def held_dtype(p) -> torch.dtype:
+    """The type of a parameter that --bits 16 holds: norms and biases are float32 where products are (techniques/half.py)."""
+    return torch.float32 if p.dim() < 2 and device_of("cpu").products == torch.float32 else torch.bfloat16
+
+
 @pytest.fixture
 def on_device():
-    """on_device(half=torch.float16, ...): until the test ends, the CPU's Device gives these answers."""
+    """on_device(half=torch.float16, ...): until the test ends, the CPU is a device with these answers."""
+    def enter(**answers):
+        now = device_of("cpu")
+        if "half" in answers and now.products != torch.float32:
+            answers.setdefault("products", answers["half"])
+        return stack.enter_context(pretend("cpu", dataclasses.replace(now, rooms={}, **answers)))
+
     with contextlib.ExitStack() as stack:
-        yield lambda **answers: stack.enter_context(
-            pretend("cpu", dataclasses.replace(device_of("cpu"), rooms={}, **answers)))
+        yield enter

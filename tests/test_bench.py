@@ -7,20 +7,24 @@ import sys
 
 import matplotlib.image
 import pytest
+import torch
 from conftest import ROOT, make_folder
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as bench
 import memory
 import train
-from bench import plots, tables
+from bench import matrix_limit, plots, tables
 from errors import UserError
 from files import weights
 from run import options as options_
+from run import prepare
 from techniques import lora_init, optim
+from techniques.loss import sum_loss
 
 
 def a_run(peak=100_000_000, speed=500.0, gpu=False, predicted=0.98, **more) -> dict:
-    """What run_one returns: summary.json, and the three entries that it adds."""
+    """What run_one returns: summary.json, and the four entries that it adds."""
     parts = {c: peak // len(memory.CATEGORIES) for c in memory.CATEGORIES}
     parts[memory.CATEGORIES[0]] += peak - sum(parts.values())
     return {"params": {"total": 2000, "trainable": 100, "percent": 5.0},
@@ -29,7 +33,11 @@ def a_run(peak=100_000_000, speed=500.0, gpu=False, predicted=0.98, **more) -> d
                        "predicted_by_category": None if gpu else {c: int(0.98 * n) for c, n in parts.items()}},
             "loss": {"first": 3.0, "last": 2.0, "val_before": 3.1, "val_after": 2.1, "val_best": 2.1},
             "tokens_per_s": speed, "examples_per_s": speed / 50, "wall_s": 9.0, "steps": 4, "step_s": 400 / speed,
-            "examples": 800, "commit": "abc", **more}
+            "examples": 800, "labelled_share": 0.5, "commit": "abc",
+            "arithmetic": {"weights": "float32", "products": "float32", "why": "a test"}, **more}
+
+
+LIMIT = {"gflops": {"float32": 4.0, "bfloat16": 16.0}, "flops": {"token": 3_000_000, "labelled_token": 2_000_000}}
 
 
 def peak_of(row) -> int:
@@ -155,6 +163,7 @@ def test_a_failed_process_is_its_last_line(code, out, err, said, monkeypatch):
 
 @pytest.mark.parametrize("command, said", [
     (["grid", "--steps", "0"], "--steps 0: must be at least 1"), (["peers", "--", "--amp"], "same on both sides"),
+    (["speed", "--", "--amp"], "same on both sides"), (["speed", "--data", "none.json"], "none.json"),
     (["grid", "--", "--steps=3"], "--steps belongs before the --"), (["grid", "--model", "gpt3-nano"], "no such folder"),
     (["scaling", "--data", "x.txt"], "scaling takes no --data")])
 def test_wrong_options_are_one_line(command, said, started, tmp_path):
@@ -255,6 +264,17 @@ def test_the_peer_gets_the_same_job():
             assert float(theirs[theirs.index(name) + 1]) == getattr(a, name[2:].replace("-", "_"))
 
 
+def test_speed_runs_peers_job_with_and_without_amp_after_the_limit():
+    limit, *rows = bench.speed_rows("gpt2-nano", argparse.Namespace(data=None))
+    cfg = train.resolve(train.parse("--model gpt2-nano --max-length 256 --template alpaca".split()))
+    train_set = prepare.read_data(cfg)[2]
+    positions = 4 * sum(len(e.ids) for e in train_set.examples) / len(train_set)  # of a mean micro-batch
+    assert limit["program"] == tables.LIMIT and limit["options"] == f"--positions {positions:.0f}" and positions > 100
+    ours, theirs = bench.peers_job("gpt2-nano", argparse.Namespace(data=None))
+    assert [r["options"] for r in rows] == [ours, theirs, f"--amp {ours}", f"--amp {theirs}", f"--ckpt-every 1 {ours}"]
+    assert [r["program"] == tables.PEER for r in rows] == [False, True, False, True, False]
+
+
 def test_a_command_has_the_options_of_its_program(monkeypatch):
     commands = []
 
@@ -263,13 +283,14 @@ def test_a_command_has_the_options_of_its_program(monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "x")
     monkeypatch.setattr(subprocess, "run", run)
     settings = {"data": "d.json", "steps": 7, "device": "cpu", "extra": ["--max-length", "64"]}
-    for program in ("train.py", tables.PEER):
+    for program in ("train.py", tables.PEER, tables.LIMIT):
         with pytest.raises(bench.RunFailed):
             bench.run_one({"name": "x", "model": "m", "options": "--amp", "program": program}, settings)
-    ours, theirs = ([c[0] == sys.executable, *c[1:]] for c in commands)
+    ours, theirs, limit = ([c[0] == sys.executable, *c[1:]] for c in commands)
     same = ["--model", "m", "--amp", "--data", "d.json", "--steps", "7", "--device", "cpu"]
     assert ours[:-1] == [True, str(ROOT / "train.py"), *same, "--samples", "0", "--max-length", "64", "--out"]
     assert theirs == [True, "-m", "bench.transformers_peft", *same]
+    assert limit == [True, "-m", "bench.matrix_limit", "--model", "m", "--amp", "--device", "cpu"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -296,17 +317,106 @@ def test_scaling_changes_one_size_at_a_time_and_finds_the_axes_again():
     assert len(rows) == 10  # the base is in all three
 
 
+# ----------------------------------------------------------------------------------------------- the matrix limit
+
+def config_only(path, family) -> str:
+    make_folder(path, family)
+    (path / "model.safetensors").unlink()
+    return str(path)
+
+
+def test_flops_by_hand(tmp_path):
+    # C = 32, 3 layers, an MLP of 4C, 4,096 words. (out, in), although GPT-2's checkpoints store its layers as (in, out).
+    blocks, head = matrix_limit.layers(config_only(tmp_path / "gpt2", "gpt2"))
+    assert blocks == {(96, 32): 3, (32, 32): 3, (128, 32): 3, (32, 128): 3} and head == (4096, 32)
+    assert matrix_limit.training_flops(blocks, head) == {"token": 4 * 3 * 12 * 32 * 32, "labelled_token": 4 * 4096 * 32}
+    # LLaMA: 4 heads of 8, 2 of them for k and v, an MLP of 56. q and o, k and v, gate and up have one shape.
+    blocks, head = matrix_limit.layers(config_only(tmp_path / "llama", "llama"))
+    assert blocks == {(32, 32): 6, (16, 32): 6, (56, 32): 6, (32, 56): 3} and head == (4096, 32)
+
+
+def test_a_frozen_models_step_multiplies_as_much_as_is_counted(gpt2_folder):
+    model = weights.load(str(gpt2_folder)).requires_grad_(False)
+    model.wpe.weight.requires_grad_()  # so that the first block's products have a backward too, and no weight has a gradient
+    ids = torch.arange(64).view(2, 32)
+    with FlopCounterMode(display=False) as counter:
+        sum_loss(model.hidden(ids), model.head, torch.where(ids % 2 == 0, ids, -100)).backward()
+    flops = matrix_limit.training_flops(*matrix_limit.layers(str(gpt2_folder)))
+    products = {str(op): n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op)}
+    assert sum(products.values()) == 64 * flops["token"] + 32 * flops["labelled_token"], products
+
+
+def test_the_limit_is_all_flops_in_the_best_times(tmp_path, on_device, monkeypatch, capsys):
+    args = argparse.Namespace(model=config_only(tmp_path / "tiny", "gpt2"), positions=200, device="cpu")
+    timed = []
+
+    def best_time(shape, rows, dtype, device, tries):
+        timed.append((shape, rows, dtype, tries))
+        return 0.5 if dtype == torch.bfloat16 else 0.125
+    monkeypatch.setattr(matrix_limit, "best_time", best_time)
+    on_device(products=torch.bfloat16)
+    result = matrix_limit.main(args)
+    flops = sum(result["flops"].values())  # 13 layers, 5 shapes
+    assert result["gflops"] == {"float32": 200 * flops / (13 * 0.125) / 1e9, "bfloat16": 200 * flops / (13 * 0.5) / 1e9}
+    assert len(timed) == 10 and {x[1:] for x in timed} == {(200, torch.float32, 6), (200, torch.bfloat16, 6)}
+    on_device(products=torch.float32)  # 16 bit is emulated: few rows, once
+    timed.clear()
+    assert matrix_limit.main(args)["gflops"]["bfloat16"] == 64 * flops / (13 * 0.5) / 1e9
+    assert {x[1:] for x in timed} == {(200, torch.float32, 6), (64, torch.bfloat16, 1)}
+    with pytest.raises(UserError, match="--positions 0: must be at least 1"):
+        matrix_limit.main(argparse.Namespace(model="gpt2-nano", positions=0, device="cpu"))
+
+
+def test_a_real_limit_in_the_shape_of_a_run(tmp_path):
+    row = {"name": "limit", "model": config_only(tmp_path / "tiny", "gpt2"), "options": "--positions 8",
+           "program": tables.LIMIT}
+    run = bench.run_one(row, {"data": None, "steps": 3, "device": "cpu", "extra": []})
+    assert set(run["gflops"]) == {"float32", "bfloat16"} and all(0 < x < 1e6 for x in run["gflops"].values())
+    assert set(run["memory"]) == set(a_run()["memory"]) and run["memory"]["rss_peak"] > 1e7
+    assert run["tokens_per_s"] is None and run["memory"]["measured_peak"] is None and run["commit"] == bench.commit()
+
+
+def test_a_share_is_the_median_over_the_repetitions(started, no_picture, tmp_path):
+    speeds, limits = (500.0, 1000.0, 200.0), (4.0, 16.0, 2.0)  # 50, 25 and 40 %; the ratio of the medians is 50
+
+    def answer(row):
+        turn = (len(started) - 1) // 6
+        if row["program"] == tables.LIMIT:
+            gflops = {"float32": limits[turn], "bfloat16": 2 * limits[turn]}
+            return {**a_run(**LIMIT), "gflops": gflops, "tokens_per_s": None}
+        run = a_run(speed=speeds[turn] / (2 if row["program"] == tables.PEER else 1))
+        return {**run, "arithmetic": {"products": "bfloat16" if "--amp" in row["options"] else "float32"}}
+    started.answer = answer
+    assert bench.main(["speed", "--out", str(tmp_path), "--repeat", "3"])
+    text = (tmp_path / "speed-gpt2-nano.md").read_text()
+    cells = {line.split(" | ")[0][2:]: line[:-2].split(" | ")[2:] for line in text.splitlines() if line.startswith("| ")}
+    assert cells["limit"] == ["float32 / bfloat16", "", "", "4.0 / 8.0", ""]
+    assert cells["float32, here"] == ["float32", "500", "2.0", "4.0", "40.0"]  # 3 + 0.5 * 2 MFLOP a token
+    assert cells["float32, peer"] == ["float32", "250", "1.0", "4.0", "20.0"]
+    assert cells["AMP, here"] == ["bfloat16", "500", "2.0", "8.0", "20.0"]
+    assert "* AMP, here: 2.00 times the tokens/s of *AMP, peer* (2.00 2.00 2.00)." in text and "3.0 MFLOP, 4 for" in text
+
+    def without_limit(row):
+        if row["program"] == tables.LIMIT:
+            raise bench.RunFailed("error: no limit")
+        return a_run()
+    started.answer = without_limit
+    assert not bench.main(["speed", "--out", str(tmp_path), "--repeat", "1"])
+    assert "| float32 | 500 | not measured | not measured | not measured |" in (tmp_path / "speed-gpt2-nano.md").read_text()
+
+
 # ------------------------------------------------------------------------------------------------- whole tables
 
-@pytest.mark.parametrize("name, gpu", [*((name, False) for name in bench.BENCHES), ("ladder", True), ("peers", True)])
+@pytest.mark.parametrize("name, gpu", [*((name, False) for name in bench.BENCHES), ("ladder", True), ("peers", True),
+                                       ("speed", True)])
 def test_every_bench_leaves_a_table_a_record_and_a_picture(name, gpu, started, tmp_path):
-    started.answer = lambda row: a_run(peak_of(row), gpu=gpu)
+    started.answer = lambda row: a_run(peak_of(row), gpu=gpu, **LIMIT)
     assert bench.main([name, "--repeat", "2", "--out", str(tmp_path)])
     doc, text = document(tmp_path, name), (tmp_path / f"{name}-gpt2-nano.md").read_text()
     assert doc["finished"] and doc["command"].startswith(f"python -m bench {name} --repeat 2") and doc["command"] in text
     assert doc["about"]["machine"] in text and "cores" in doc["about"]["machine"]
     versions = doc["about"]["versions"]
-    assert versions["torch"] == bench.torch.__version__ and ("peft" in versions) == (name == "peers")
+    assert versions["torch"] == bench.torch.__version__ and ("peft" in versions) == (name in ("peers", "speed"))
     assert doc["about"]["commit"] == bench.commit() and doc["about"]["date"] in text and "commit abc" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(doc["rows"]) and len({line.count("|") for line in rows}) == 1
@@ -342,6 +452,10 @@ def test_a_real_grid(gpt2_folder, data_file, tmp_path, monkeypatch):
     peaks = [r["median"]["memory"]["measured_peak"] for r in rows]
     assert 1.5 * peaks[0] < peaks[1], "the peak grows with the micro-batch"
     assert {r["median"]["examples"] for r in rows} == {36} and all(r["median"]["step_s"] > 0 for r in rows)
+    cfg = train.resolve(train.parse(["--model", str(gpt2_folder), "--data", str(data_file), "--max-length", "128"]))
+    train_set = prepare.read_data(cfg)[2]
+    labelled = train_set.n_labels / sum(len(e.ids) for e in train_set.examples)
+    assert {r["median"]["labelled_share"] for r in rows} == {labelled} and 0.1 < labelled < 0.9
     losses = [r["median"]["loss"]["val_after"] for r in rows]  # only the dropout differs
     assert max(losses) - min(losses) < 0.02
     assert (tmp_path / "grid-gpt2-tiny.png").stat().st_size > 5000
@@ -358,6 +472,7 @@ def test_the_peer_runs_the_job(gpt2_folder, data_file, monkeypatch):
     result = transformers_peft.main(args)
     assert len(result["losses"]) == 3 and result["losses"][0] == result["loss"]["first"] and result["examples_per_s"] > 0
     assert set(result["memory"]) == set(a_run()["memory"])
+    assert result["arithmetic"]["products"] == "bfloat16"
     # The same start and the same held-out rows: before the first step the losses differ by bfloat16's rounding only.
     args.lr, args.steps = 0.0, 1
     mine = runs.options(gpt2_folder.parent / "out", gpt2_folder, data_file, steps=1, template="alpaca", amp=True,

@@ -24,6 +24,7 @@ import train
 from errors import UserError
 from files import merging, peft_files, weights
 from techniques import lora_init, quant
+from techniques.device import device_of
 
 KINDS = [("gpt2", {}), ("gpt2", {"targets": "all", "rslora": True}), ("llama", {"targets": "all"}), ("phi", {}),
          ("tied llama", {"targets": ["q_proj", "lm_head"], "rslora": True})]
@@ -57,7 +58,7 @@ def learn(model, seed=5):
 
 def held(base):
     """The weight that a layer multiplies with, (out, in), float32."""
-    if isinstance(base, quant.LowBitLinear):
+    if isinstance(base, quant.FrozenLinear):
         return base.dequantize()
     return (base.weight.t() if getattr(base, "fan_in_fan_out", False) else base.weight).float()
 
@@ -237,10 +238,10 @@ def test_reload_in_a_fresh_process(folders, tmp_path):
     """qlora#44, litgpt#629, bitsandbytes#1946: the same codes, the same adapter, the same logits."""
     code = ("import sys, torch\nfrom files import peft_files, weights\n"
             "out = sys.argv[1]\n"
-            "jobs, ids = torch.load(out)\n"
+            "jobs, ids, dtype = torch.load(out)\n"
             "got = []\n"
             "for folder, bits, adapter in jobs:\n"
-            "    model = peft_files.load(weights.load(folder, bits=bits), adapter)\n"
+            "    model = peft_files.load(weights.load(folder, bits, 'cpu', dtype if bits < 32 else None), adapter)\n"
             "    with torch.no_grad():\n"
             "        got.append((model.eval()(ids), {n: t for n, t in model.state_dict().items()}))\n"
             "torch.save(got, out)")
@@ -250,11 +251,14 @@ def test_reload_in_a_fresh_process(folders, tmp_path):
         peft_files.save(model, tmp_path / str(i))
         jobs.append((str(folders[kind]), bits, str(tmp_path / str(i))))
         wanted.append((logits(model), {n: t.clone() for n, t in model.state_dict().items()}))
-    torch.save((jobs, IDS), tmp_path / "io.pt")
+    products = device_of("cpu").products  # the process below would measure this machine, and may find another type
+    torch.save((jobs, IDS, products), tmp_path / "io.pt")
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "io.pt")], cwd=ROOT, check=True)
     for job, (got, tensors), (expected, own) in zip(jobs, torch.load(tmp_path / "io.pt"), wanted, strict=True):
         assert_same(got, expected)
-        assert (got - logits(weights.load(job[0], bits=job[1]))).abs().max() > 0.02
+        # In float32 the adapter alone makes the difference: a hundred times what assert_same allows.
+        least = 0.02 if products == torch.bfloat16 else 1e-3
+        assert (got - logits(weights.load(job[0], bits=job[1]))).abs().max() > least
         assert tensors.keys() == own.keys(), job
         for n in own:
             assert torch.equal(tensors[n], own[n]), (job, n)

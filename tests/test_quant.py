@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import LLAMA, make_folder
+from conftest import LLAMA, held_dtype, make_folder
 from runs import no_picture, run
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -363,9 +363,10 @@ def test_load(family, bits, folders):
             like = full.get_submodule(owner)
             assert_same_state(state(model.get_submodule(owner)),
                               {**state(quant.quantize(like, like.weight.detach(), bits)),
-                               **({"bias": like.bias.detach().bfloat16()} if like.bias is not None else {})})
+                               **({"bias": like.bias.detach().bfloat16().to(held_dtype(like.bias))}
+                                  if like.bias is not None else {})})
         else:
-            assert p.dtype == torch.bfloat16 and torch.equal(p, full.get_parameter(n).bfloat16()), n
+            assert p.dtype == held_dtype(p) and torch.equal(p.bfloat16(), full.get_parameter(n).bfloat16()), n
     with torch.no_grad():
         wanted = full(IDS)
         error = (model(IDS).float() - wanted).std() / wanted.std()
@@ -381,7 +382,8 @@ def test_bytes(family, bits, folders):
     assert n["total"] == full["total"]
     layers = [m.n_weights for m in low_bit(model).values()]
     rows = sum(m.out_features for m in low_bit(model).values())
-    by_hand = 2 * (full["total"] - sum(layers)) + (
+    vectors = sum(p.numel() * (held_dtype(p).itemsize - 2) for p in model.parameters() if p.dim() < 2)
+    by_hand = 2 * (full["total"] - sum(layers)) + vectors + (
         sum(layers) + 4 * rows if bits == 8 else sum(k // 2 + k // 64 + 4 * -(-k // 64 // 256) + 4 for k in layers))
     assert n["bytes"] == by_hand
     with memory.Ledger(model) as ledger:

@@ -83,8 +83,10 @@ def test_gradients_are_equal_bit_for_bit(family, options, folders, monkeypatch):
 
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_keeps_its_input_and_offloaded_nothing(family, amp, folders, monkeypatch):
+def test_a_layer_keeps_its_input_and_offloaded_nothing(family, amp, folders, monkeypatch, on_device):
     """Between forward and backward a recomputed layer keeps 2C bytes a token (4C in float32). Offloaded: none."""
+    on_device(products=torch.bfloat16)
+
     def kept(every, offload=False):
         model, ids = build(folders[family], every, offload, amp=amp), torch.zeros(B, T, dtype=torch.long)
         with memory.Ledger(model) as ledger, torch.autocast("cpu", torch.bfloat16, enabled=amp):

@@ -245,7 +245,7 @@ def test_the_schedule_counts_optimizer_steps(go, monkeypatch):
 @pytest.fixture
 def float16(on_device):
     """The CPU's 16-bit type is float16, as on GPUs without bfloat16."""
-    on_device(half=torch.float16)
+    on_device(half=torch.float16, products=torch.float16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -588,7 +588,7 @@ def test_the_files_of_a_run(finished, shared):
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (out / "loss.png").stat().st_size > 5000
 
     config = json.loads((out / "config.json").read_text())
-    assert config.keys() == {"options", "versions", "seed", "commit"}
+    assert config.keys() == {"options", "versions", "seed", "commit", "arithmetic"}
     of_no_run = {"resume", "show_batch", "dry_run", "fit"}
     assert config["options"].keys() == {f.name for f in dataclasses.fields(TrainConfig)} - of_no_run
     given = {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in of_no_run}
@@ -618,7 +618,8 @@ def test_the_summary(finished, shared):
         "params": {"total", "trainable", "percent"},
         "memory": {"predicted_peak", "predicted_by_category", "measured_peak", "reserved", "rss_peak", "by_category"},
         "loss": {"first", "last", "val_before", "val_after", "val_best"},
-        "tokens_per_s": None, "examples_per_s": None, "wall_s": None, "steps": None}
+        "tokens_per_s": None, "examples_per_s": None, "wall_s": None, "steps": None,
+        "arithmetic": {"weights", "products", "why"}}
     got, evals, loss_ = steps(out), evaluations(out), summary["loss"]
     assert (loss_["first"], loss_["last"]) == (got[0]["loss"], got[-1]["loss"])
     values = [x["val_loss"] for x in evals]
@@ -708,7 +709,7 @@ def test_every_option_is_parsed_into_its_field():
     ({"clip": -1.0}, "--clip"), ({"lr": math.nan}, "--lr"), ({"lr": math.inf}, "--lr"), ({"ckpt_every": -1}, "--ckpt-every"),
     ({"ckpt_offload": True}, "--ckpt-every"),
     ({"full": True, "lora_r": 4}, "--lora-r"), ({"full": True, "lora_dropout": 0.1}, "--lora-dropout"),
-    ({"full": True, "bits": 16}, "--bits"), ({"bits": 16}, "--amp"), ({"from_scratch": True}, "--full"),
+    ({"full": True, "bits": 16}, "--bits"), ({"from_scratch": True}, "--full"),
     ({"val_data": "x", "data": "y", "val_frac": 0.2}, "--val-frac"), ({"val_data": "x"}, "--data"),
     ({"steps": 5, "epochs": 2}, "--epochs"), ({"device": "nowhere"}, "--device")])
 def test_options_that_cannot_apply_are_refused(more, wanted):

@@ -338,6 +338,9 @@ def test_from_scratch_is_its_seed(family, tmp_path):
 
 def test_bfloat16_only_where_it_is_native(monkeypatch):
     """nanoGPT#277: a GPU of 2018 says that it supports bfloat16, which it only emulates."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(device, "measure", lambda device, dtypes: dict.fromkeys(dtypes, 100.0))
     monkeypatch.setattr(device, "DEVICES", {})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert device_of("cuda").half == device_of("cuda:1").half == torch.float16
