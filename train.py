@@ -34,6 +34,7 @@ from run.evaluate import evaluate_run, why_not_finite
 from run.interrupt import Interrupt
 from run.options import TrainConfig, parse, resolve, resolve_for
 from run.watch import PeakWatch
+from techniques.compilation import compile_blocks
 from techniques.device import autocast
 from techniques.loss import sum_loss
 
@@ -82,8 +83,7 @@ def train(run: state.Run, plan: data.Plan, val_set: data.Dataset, params: dict, 
     prompts = data.prompts(val_set, cfg.samples)
     seen["samples"] = seen["samples"] or replies(run, prompts)
     if cfg.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)
+        compile_blocks(model)
     if seen["val_before"] is None:
         evaluate_run(run, val_set, "val_before")
     prediction = ask.collect(predictor)

@@ -15,6 +15,7 @@ import torch
 from errors import UserError
 from files.hub import ASSETS
 from techniques import lora_init
+from techniques.compilation import check_compiler
 from techniques.device import compute_dtype, usable_device
 from techniques.optim import OPTIMIZERS
 
@@ -33,7 +34,8 @@ class TrainConfig:
                        "with --amp, 32 without)", choices=(32, 16, 8, 4), type=int)
     device: str = option(None, "model", "cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)", type=str)
     seed: int = option(0, "model", "seed of the random start, the held-out rows, the order of the data, and dropout")
-    compile: bool = option(False, "model", "torch.compile every block; needs a C++ compiler, takes a minute to start")
+    compile: bool = option(False, "model", "torch.compile every block; needs a C++ compiler (on a GPU Triton and gcc), "
+                          "takes a minute to start, the next time half of it")
     from_scratch: bool = option(False, "model", "start from random weights (pretraining); needs --full")
     lora_r: int = option(8, "lora", "rank r of the adapters")
     lora_alpha: float = option(16.0, "lora", "the adapters' output is scaled by alpha / r")
@@ -126,6 +128,8 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         cfg.device = usable_device(cfg.device)
     elif not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", cfg.device):  # the predicted GPU need not be in this machine
         raise UserError(f"--device {cfg.device}: only cpu, cuda and mps")
+    if cfg.compile:
+        check_compiler(cfg.device)
     return cfg
 
 

@@ -408,6 +408,7 @@ def test_with_compile_nothing_is_predicted(shared, tmp_path, monkeypatch, capsys
         raise AssertionError("asked")
 
     monkeypatch.setattr(ask, "Predictor", refuse)
+    monkeypatch.setattr("run.options.check_compiler", lambda device: None)  # nothing is compiled
     monkeypatch.setattr(train, "train", lambda *args: {"predictor": args[-1]})
     cfg = options(tmp_path / "run", shared / "gpt2", shared / "data.jsonl", compile=True, steps=2)
     assert train.main(cfg) == {"predictor": None}
