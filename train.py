@@ -57,14 +57,15 @@ def train_step(model, optimizer, scaler, batches: list[data.Batch], cfg: TrainCo
     float16 scaler, a gradient that overflows is no error: the scaler skips the step.
     """
     n_labels = sum(b.n_labels for b in batches)
-    loss_sum = 0.0
+    losses = []
     for batch in batches:  # each backward frees its graph: memory does not grow with grad_accum
         batch.to(cfg.device)
         with autocast(cfg.device, cfg.amp):
             hidden = model.hidden(batch.ids, batch.positions, batch.segments)  # (B, T, C)
             loss = sum_loss(hidden, model.head, batch.targets) / n_labels
-        loss_sum += loss.item()
+        losses.append(loss.detach())
         scaler.scale(loss).backward()
+    loss_sum = sum(loss.item() for loss in losses)  # read only now: each read would make the host wait for a GPU
     scaler.unscale_(optimizer)  # before clipping: the threshold is in units of the true gradient
     trained = [optimizer.master(p) for p in model.parameters() if p.requires_grad]
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf).item()

@@ -43,12 +43,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = half.times_transposed(x, w) if converts else (x @ w.t()).float()  # (n, V)
             if bias is not None:
                 logits += bias
-            logz = logits.logsumexp(-1, keepdim=True)
             padding = y == IGNORE
             y = y.clamp(min=0)
-            total += (logz - logits.gather(1, y)).masked_fill(padding, 0.0).sum()
+            # By hand and in place: torch.logsumexp would make one more copy of the logits, 16.8 MB, and exp would run twice.
+            top = logits.amax(-1, keepdim=True)
+            label = logits.gather(1, y)
+            sums = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            total += (top + sums.log() - label).masked_fill(padding, 0.0).sum()
             if need_h or need_w or need_b:
-                grad = logits.sub_(logz.masked_fill(padding, torch.inf)).exp_()  # softmax, in place; 0 for padding
+                grad = logits.div_(sums.masked_fill(padding, torch.inf))  # softmax; 0 for padding
                 grad.scatter_add_(1, y, padding.float() - 1)
                 g = grad.to(h.dtype)
                 if need_h:
