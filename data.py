@@ -376,18 +376,45 @@ class Plan:
     def micro_batches(self, step: int) -> list[list[Example]]:
         return [[self.examples[i] for i in m] for m in self.numbers(step)]
 
-    def size(self, step: int) -> tuple[int, int]:
-        """(most positions of a micro-batch, most labels of a micro-batch) in this step. Its memory grows with both."""
-        batches = self.numbers(step)
-        lengths = [[self.lengths[i] for i in m] for m in batches]
-        return (max(sum(n) if self.pack else len(n) * max(n) for n in lengths),
-                max(sum(self.labels[i] for i in m) for m in batches))
+    def sizes(self, step: int) -> list[tuple[int, int, bool]]:
+        """(positions, labels, whether gradients exist already) of each micro-batch. Its memory grows with all three."""
+        lengths = [[self.lengths[i] for i in m] for m in self.numbers(step)]
+        positions = [sum(n) if self.pack else len(n) * max(n) for n in lengths]
+        labels = [sum(self.labels[i] for i in m) for m in self.numbers(step)]
+        return [(p, n, i > 0) for i, (p, n) in enumerate(zip(positions, labels))]
 
-    def largest(self, steps: range) -> list[int]:
-        """The step with the most positions, and the step with the most labels if it has more of them than the first."""
-        sizes = {step: self.size(step) for step in steps}
-        most = [max(sizes, key=sizes.get), max(sizes, key=lambda step: sizes[step][::-1])]
-        return most[:1] if sizes[most[0]][1] == sizes[most[1]][1] else most
+    def largest(self, steps: range) -> dict[int, list[int]]:
+        """{step: its micro-batches that can make the peak of `steps`}: those that no other one exceeds in every respect."""
+        front, places = Front(), {}
+        for step in steps:
+            for i, size in enumerate(self.sizes(step)):
+                if front.add(size):
+                    places[size] = (step, i)
+        chosen = {}
+        for step, i in sorted(places[size] for size in front.sizes):
+            chosen.setdefault(step, []).append(i)
+        return chosen
+
+
+class Front:
+    """The sizes that may be the largest of all that were added, if memory grows with each of their numbers (a Pareto front).
+
+    Example: of (704, 60), (640, 90) and (600, 80), either of the first two may need the most memory, the third cannot.
+    """
+
+    def __init__(self):
+        self.sizes: list[tuple] = []
+
+    def add(self, size: tuple) -> bool:
+        """Whether `size` exceeds each earlier size in some respect. Then it is kept, and those that it covers are not."""
+        if any(covers(other, size) for other in self.sizes):
+            return False
+        self.sizes = [other for other in self.sizes if not covers(size, other)] + [size]
+        return True
+
+
+def covers(a: tuple, b: tuple) -> bool:
+    return all(x >= y for x, y in zip(a, b))
 
 
 @dataclass

@@ -88,18 +88,15 @@ def machine(device: str) -> dict:
 
 # ---------------------------------------------------------------------------------------------- the steps to ask about
 
-def examples_of(plan, steps: list[int]) -> list:
-    """For each step a list of micro-batches; for each micro-batch a list of (length, labelled tokens), one for each example.
+def examples_of(plan, steps: range) -> list:
+    """What can make the peak of `steps`: a list of steps, each a list of micro-batches, each a list of (length, labelled tokens),
+    one for each example.
 
-    Three micro-batches of a step are enough: the first, which is the largest; the second, which runs while there are
-    gradients; and the one with most labels.
+    Of a step, the micro-batches that can make the peak (data.Plan.largest) are enough, and its first one: while it runs there
+    are no gradients yet, and afterwards there are.
     """
-    chosen = []
-    for step in steps:
-        batches = [[(plan.lengths[i], plan.labels[i]) for i in m] for m in plan.numbers(step)]
-        most = max(range(len(batches)), key=lambda i: sum(labels for _, labels in batches[i]))
-        chosen.append([batches[i] for i in sorted({0, min(1, len(batches) - 1), most})])
-    return chosen
+    return [[[(plan.lengths[j], plan.labels[j]) for j in plan.numbers(step)[i]] for i in sorted({0, *micro_batches})]
+            for step, micro_batches in plan.largest(steps).items()]
 
 
 def largest_steps(cfg: TrainConfig, full_length: bool = False):
@@ -115,7 +112,7 @@ def largest_steps(cfg: TrainConfig, full_length: bool = False):
     if not full_length and here and data.has_tokenizer(here.parent):
         _, _, train_set, _ = prepare.read_data(cfg)
         plan = prepare.plan_steps(train_set, cfg)
-        steps = plan.largest(watch.candidates(0, cfg.steps or cfg.epochs * plan.steps_per_epoch))
+        steps = watch.candidates(0, cfg.steps or cfg.epochs * plan.steps_per_epoch)
         return examples_of(plan, steps), f"the largest step of {cfg.data}", cfg
     data.read_rows(cfg.data)
     why = "" if full_length else f" ({cfg.model}'s tokenizer is not on this machine to measure the data)"
@@ -129,7 +126,7 @@ def start(cfg: TrainConfig, plan, done: int) -> Predictor | None:
     """Ask about the run that is about to start. done: the steps that it has taken already."""
     if cfg.compile:
         return None
-    return Predictor().ask(cfg, examples_of(plan, plan.largest(watch.candidates(done, cfg.steps))))
+    return Predictor().ask(cfg, examples_of(plan, watch.candidates(done, cfg.steps)))
 
 
 def collect(predictor: Predictor | None) -> dict:

@@ -1,8 +1,9 @@
 """The measured peak of a run: which of its steps the ledger follows, and the largest peak among them.
 
 The ledger (memory.py) makes a step slower, so it does not follow every step. It leaves out the first step, before which
-AdamW has no state. Of the others it follows each step that is larger than all that it has followed before. The bundled run
-has 336 steps and follows some ten of them; their largest peak is the peak of the run.
+AdamW has no state. Memory grows with a micro-batch's positions, and with its labels. Of the other steps, the ledger follows
+each one in which a micro-batch has more of either than every micro-batch before with as many of the other (data.Front). So one
+of the followed steps has the peak of the run. The bundled run has 336 steps and follows some ten of them.
 """
 import contextlib
 
@@ -26,26 +27,15 @@ class PeakWatch:
         self.model, self.optimizer, self.plan, self.device = model, optimizer, plan, cfg.device
         self.candidates = range(0) if cfg.compile else candidates(done, cfg.steps)  # a compiled step cannot be followed
         self.first_timed = candidates(done, cfg.steps).start
-        self.by_positions = self.by_labels = (0, 0)  # the largest step followed so far, in two orders
+        self.front = data.Front()  # the sizes of the micro-batches followed so far
         self.ledger: memory.Ledger | None = None  # of the step with the largest peak
         self.cuda = torch.device(cfg.device).type == "cuda"
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(cfg.device)
 
     def is_larger(self, step: int) -> bool:
-        """Whether `step` can set a new peak, compared with the steps that were followed.
-
-        Memory grows with positions and with labels, and either may make the peak (data.Plan.largest). So a step is larger if
-        it has more positions (or as many, and more labels), or if it has more labels (or as many, and more positions).
-        """
-        positions, labels = self.plan.size(step)
-        more_positions = (positions, labels) > self.by_positions
-        more_labels = (labels, positions) > self.by_labels
-        if step not in self.candidates or not (more_positions or more_labels):
-            return False
-        self.by_positions = max(self.by_positions, (positions, labels))
-        self.by_labels = max(self.by_labels, (labels, positions))
-        return True
+        """Whether `step` can set a new peak, compared with the steps that were followed."""
+        return step in self.candidates and any([self.front.add(size) for size in self.plan.sizes(step)])
 
     @contextlib.contextmanager
     def step(self, step: int):

@@ -539,6 +539,21 @@ def test_plan_sorts_inside_windows_only():
     assert 0.35 < longer < 0.65
 
 
+@pytest.mark.parametrize("how", [(1, 1), (4, 1), (2, 4)])
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_largest_micro_batches(how, pack):
+    """A micro-batch is left out exactly if another one, at least as large in every respect, is there."""
+    # The longest examples have the fewest labels, so that no micro-batch is the largest in every respect.
+    examples = [data.Example([0] * n, [IGNORE] * (n - k) + [0] * k) for n in lengths_of(150) for k in [min(n, 200 - n)]]
+    plan = data.Plan(data.Dataset(examples, []), *how, seed=0, pack=pack)
+    steps = range(1, 2 * plan.steps_per_epoch)
+    sizes = {(step, i): size for step in steps for i, size in enumerate(plan.sizes(step))}
+    chosen = {sizes[step, i] for step, numbers in plan.largest(steps).items() for i in numbers}
+    undominated = {a for a in sizes.values()
+                   if not any(b != a and b[0] >= a[0] and b[1] >= a[1] and b[2] >= a[2] for b in sizes.values())}
+    assert chosen == undominated and len(chosen) > 1
+
+
 EXAMPLES = [data.Example([1, 2, 3], [IGNORE, 3, 9]), data.Example([4], [9]),
             data.Example([5, 6, 7, 8, 9], [IGNORE] * 3 + [9, 9])]
 

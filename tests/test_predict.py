@@ -169,6 +169,24 @@ def test_the_largest_step_is_watched_and_predicted(go, in_process, tmp_path):
     assert long["measured_peak"] == long["predicted_peak"] > 1.3 * short["measured_peak"] == 1.3 * short["predicted_peak"]
 
 
+def test_the_peak_is_a_step_with_neither_most_positions_nor_most_labels(go, in_process, tmp_path):
+    """Logits and activations of a middle step outweigh more positions with few labels, and more labels with few positions."""
+    rows = [{"prompt": p * "1 ", "completion": c * " 1"} for p, c in ((100, 4), (50, 44), (0, 48), (60, 4))]
+    (tmp_path / "four.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    more = {"data": tmp_path / "four.jsonl", "batch_size": 1, "amp": False}
+    peaks = {}
+    for name in ("first", "last"):  # the middle row is predicted, wherever it stands
+        got = go("llama", name, steps=8, seed=0 if name == "first" else 3, **more)
+        assert got["measured_peak"] == got["predicted_peak"]
+        peaks[name] = got["measured_peak"]
+    assert peaks["first"] == peaks["last"]
+    alone = {}
+    for i, row in enumerate(rows):
+        (tmp_path / "one.jsonl").write_text((json.dumps(row) + "\n") * 2)
+        alone[i] = go("llama", f"one{i}", steps=2, **{**more, "data": tmp_path / "one.jsonl"})["measured_peak"]
+    assert max(alone, key=alone.get) == 1 and alone[1] == peaks["first"]
+
+
 # ---------------------------------------------------------------------------------------------- the formulas
 
 def asked(model, B=1, T=512, labels=None, n=1, **more) -> dict:
