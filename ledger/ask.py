@@ -89,11 +89,11 @@ def machine(device: str) -> dict:
 # ---------------------------------------------------------------------------------------------- the steps to ask about
 
 def examples_of(plan, steps: range) -> list:
-    """What can make the peak of `steps`: a list of steps, each a list of micro-batches, each a list of (length, labelled tokens),
-    one for each example.
+    """What can make the peak of `steps`: a list of steps, each a list of micro-batches, each a list of examples, each a pair
+    (length, labelled tokens).
 
-    Of a step, the micro-batches that can make the peak (data.Plan.largest) are enough, and its first one: while it runs there
-    are no gradients yet, and afterwards there are.
+    Of a step, the micro-batches that can make the peak (data.Plan.largest) are enough, and the first one: only after it are
+    there gradients.
     """
     return [[[(plan.lengths[j], plan.labels[j]) for j in plan.numbers(step)[i]] for i in sorted({0, *micro_batches})]
             for step, micro_batches in plan.largest(steps).items()]

@@ -170,7 +170,7 @@ def test_the_largest_step_is_watched_and_predicted(go, in_process, tmp_path):
 
 
 def test_the_peak_is_a_step_with_neither_most_positions_nor_most_labels(go, in_process, tmp_path):
-    """Logits and activations of a middle step outweigh more positions with few labels, and more labels with few positions."""
+    """A middle step outweighs one with more positions and few labels, and one with more labels and few positions."""
     rows = [{"prompt": p * "1 ", "completion": c * " 1"} for p, c in ((100, 4), (50, 44), (0, 48), (60, 4))]
     (tmp_path / "four.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     more = {"data": tmp_path / "four.jsonl", "batch_size": 1, "amp": False}
