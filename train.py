@@ -17,6 +17,7 @@ short micro-batch more weight than one in a long micro-batch, and 8 micro-batche
 """
 import math
 import os
+import signal
 import sys
 import time
 
@@ -31,7 +32,7 @@ from ledger import ask
 from ledger.fit import fit
 from run import prepare, record, state
 from run.evaluate import evaluate_run, why_not_finite
-from run.interrupt import Interrupt
+from run.interrupt import Interrupt, Interrupted
 from run.options import TrainConfig, parse, resolve, resolve_for
 from run.watch import PeakWatch
 from techniques.compilation import compile_blocks
@@ -88,8 +89,8 @@ def train(run: state.Run, plan: data.Plan, val_set: data.Dataset, params: dict, 
     if seen["val_before"] is None:
         evaluate_run(run, val_set, "val_before")
     prediction = ask.collect(predictor)
-    watch = PeakWatch(model, run.optimizer, plan, cfg, run.step)
-    progress = record.Progress(run.out, run.step, cfg.steps)
+    watch = PeakWatch(model, run.optimizer, plan, cfg, run.step, seen)
+    progress = record.Progress(run.out, run.step, cfg.steps, seen)
     model.train()
     with Interrupt() as interrupt:
         while run.step < cfg.steps:
@@ -107,7 +108,7 @@ def train(run: state.Run, plan: data.Plan, val_set: data.Dataset, params: dict, 
             tokens, step_s = sum(b.n_tokens for b in batches), time.perf_counter() - start
             progress({"step": run.step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens,
                       "examples": sum(b.n_examples for b in batches), "step_s": step_s, "tokens_per_s": tokens / step_s},
-                     timed, watch.peak)
+                     timed)
             last = run.step == cfg.steps
             if run.step % cfg.eval_every == 0 or last:
                 evaluate_run(run, val_set, "val_after")
@@ -118,11 +119,11 @@ def train(run: state.Run, plan: data.Plan, val_set: data.Dataset, params: dict, 
             if interrupt.seen and not last:
                 progress.close()
                 print(f"interrupted after step {run.step}; continue with: --out {run.out} --resume")
-                raise KeyboardInterrupt
+                raise Interrupted(interrupt.seen)
     progress.close()
     record.write_samples(run.out / "samples.md", cfg, prompts, seen["samples"], replies(run, prompts))
     seen["wall_s"] = time.perf_counter() - started
-    return record.summarise(run, params, prediction, watch, progress)
+    return record.summarise(run, params, prediction)
 
 
 def replies(run: state.Run, prompts: list) -> list[str]:
@@ -138,6 +139,8 @@ def main(cfg: TrainConfig) -> dict:
     if cfg.fit:
         return fit(cfg)
     cfg = resolve(state.options_of_run(cfg) if cfg.resume else cfg)
+    if cfg.resume and (summary := state.finished(cfg)):
+        return summary
     if cfg.dry_run:
         return ask.dry_run(cfg)
     folder = weights.find(cfg.model)
@@ -149,16 +152,19 @@ def main(cfg: TrainConfig) -> dict:
         print(data.show(plan.micro_batches(0)[0], tokenizer, sys.stdout.isatty()))
         return {}
     prepare.resolve_steps(cfg, plan)
-    out = record.prepare_out(cfg)
-    predictor = ask.start(cfg, plan, state.steps_done(cfg))
-    model = prepare.load_model(cfg)
-    optimizer, scaler = prepare.make_optimizer(model, cfg), prepare.make_scaler(cfg)
-    run = state.Run(cfg, out, model, optimizer, scaler, tokenizer, template)
-    params = memory.count(model)
-    if not cfg.resume:
-        record.write_config(out, cfg)
-    record.announce(cfg, params, train_set, val_set, out)
-    return train(run, plan, val_set, params, predictor)
+    inputs = prepare.inputs(cfg, template)
+    if cfg.resume:
+        state.check_inputs(cfg, inputs)
+    with record.claimed(cfg) as out:
+        predictor = ask.start(cfg, plan)
+        model = prepare.load_model(cfg)
+        optimizer, scaler = prepare.make_optimizer(model, cfg), prepare.make_scaler(cfg)
+        run = state.Run(cfg, out, model, optimizer, scaler, tokenizer, template)
+        params = memory.count(model)
+        if not cfg.resume:
+            record.write_config(out, cfg, inputs)
+        record.announce(cfg, params, train_set, val_set, out)
+        return train(run, plan, val_set, params, predictor)
 
 
 if __name__ == "__main__":
@@ -167,5 +173,5 @@ if __name__ == "__main__":
         main(parse())
     except UserError as e:
         sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        sys.exit(128 + getattr(e, "signum", signal.SIGINT))

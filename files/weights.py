@@ -260,6 +260,10 @@ class StoredWeights:
         return tensor.float()
 
 
+def read_metadata(f) -> dict:
+    return f.metadata() or {}
+
+
 def tensor_names(path: Path) -> list[str]:
     with opened(path) as f:
         return list(f.keys())

@@ -122,11 +122,11 @@ def largest_steps(cfg: TrainConfig, full_length: bool = False):
 
 # ---------------------------------------------------------------------------------------------- for train.py
 
-def start(cfg: TrainConfig, plan, done: int) -> Predictor | None:
-    """Ask about the run that is about to start. done: the steps that it has taken already."""
+def start(cfg: TrainConfig, plan) -> Predictor | None:
+    """Ask about the run that is about to start or to continue: about all its steps, as `measured` is of all its steps."""
     if cfg.compile:
         return None
-    return Predictor().ask(cfg, examples_of(plan, watch.candidates(done, cfg.steps)))
+    return Predictor().ask(cfg, examples_of(plan, watch.candidates(0, cfg.steps)))
 
 
 def collect(predictor: Predictor | None) -> dict:

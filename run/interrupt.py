@@ -1,23 +1,40 @@
-"""Ctrl-C during training: the step finishes, the run is saved, and then the program ends."""
+"""A request to end during training: the step finishes, the run is saved, and then the program ends.
+
+    SIGINT     Ctrl-C
+    SIGTERM    Slurm at the end of the time limit, `docker stop`, `kill`
+    SIGHUP     the terminal is closed, or the ssh connection is lost (`nohup` makes a program ignore it, and it stays ignored)
+
+A program that a signal has ended exits with the status 128 + the signal's number: 130, 143 or 129.
+"""
+import contextlib
 import signal
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # (Windows: no SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run is saved. signum: the signal that asked for the end."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
 
 
 class Interrupt:
-    """`with Interrupt() as interrupt:` the first Ctrl-C inside only sets `interrupt.seen`; a second one stops at once."""
+    """`with Interrupt() as interrupt:` the first signal inside only sets `interrupt.seen`; a second one stops at once."""
 
     def __enter__(self):
-        self.seen = False
-        try:
-            self.before = signal.signal(signal.SIGINT, self.note)
-        except ValueError:  # not the main thread (a notebook's kernel, a test): leave Ctrl-C as it is
-            self.before = None
+        self.seen, self.before = None, {}
+        for signum in SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                with contextlib.suppress(ValueError):  # not the main thread (a notebook's kernel, a test): leave it as it is
+                    self.before[signum] = signal.signal(signum, self.note)
         return self
 
     def note(self, signum, frame):
         if self.seen:
-            raise KeyboardInterrupt
-        self.seen = True
+            raise Interrupted(signum)
+        self.seen = signum
 
     def __exit__(self, *error):
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -79,6 +80,7 @@ class TrainConfig:
     samples: int = option(3, "output", "held-out prompts answered before and after training, in samples.md")
     out: str = option(None, "output", "folder of the run (default: runs/MODEL-1, -2, ...)", type=str)
     resume: bool = option(False, "output", "continue the run in --out from its last save")
+    given: ClassVar[frozenset[str]] = frozenset()  # the options that the command line names, also those at their defaults
 
 
 def default_lr(width: int, full: bool) -> float:
@@ -163,7 +165,8 @@ def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
 
 def parse(argv=None) -> TrainConfig:
     """The command line -> TrainConfig, with a group of options for each `group` of its fields."""
-    p = argparse.ArgumentParser(prog="train.py", description="Fine-tune a language model, and account for every byte.")
+    p = argparse.ArgumentParser(prog="train.py", description="Fine-tune a language model, and account for every byte.",
+                                argument_default=argparse.SUPPRESS)
     groups = {}
     for f in dataclasses.fields(TrainConfig):
         group = groups.setdefault(f.metadata["group"], p.add_argument_group(f.metadata["group"]))
@@ -171,7 +174,10 @@ def parse(argv=None) -> TrainConfig:
         if f.type is bool:
             group.add_argument(name, action="store_true", help=text)
         else:
-            text += "" if f.default is None else " (default: %(default)s)"
-            group.add_argument(name, type=f.metadata.get("type", f.type), default=f.default, help=text,
-                               choices=f.metadata.get("choices"), metavar=None if "choices" in f.metadata else "X")
-    return TrainConfig(**vars(p.parse_args(argv)))
+            text += "" if f.default is None else f" (default: {f.default})"
+            group.add_argument(name, type=f.metadata.get("type", f.type), help=text, choices=f.metadata.get("choices"),
+                               metavar=None if "choices" in f.metadata else "X")
+    given = vars(p.parse_args(argv))
+    cfg = TrainConfig(**given)
+    cfg.given = frozenset(given)
+    return cfg

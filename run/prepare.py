@@ -5,7 +5,7 @@ from torch import nn
 import data
 import lora
 from errors import UserError
-from files import weights
+from files import fingerprint, weights
 from run.options import TrainConfig
 from techniques.device import compute_dtype, device_of
 from techniques.optim import OPTIMIZERS, AdamW
@@ -19,6 +19,14 @@ def read_data(cfg: TrainConfig):
     rows, val_rows = (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.split(rows, cfg.val_frac, cfg.seed)
     train_set, val_set = (data.build(r, tokenizer, template, cfg.max_length) for r in (rows, val_rows))
     return tokenizer, template, train_set, val_set
+
+
+def inputs(cfg: TrainConfig, template: str) -> dict:
+    """Hashes of what the run is made from (files/fingerprint.py). They are in its config.json, and --resume compares them."""
+    folder = weights.find(cfg.model)
+    return {"data": fingerprint.of_file(cfg.data), "val_data": cfg.val_data and fingerprint.of_file(cfg.val_data),
+            "template": fingerprint.of_text(template), "tokenizer": fingerprint.of_tokenizer(folder),
+            "weights": None if cfg.from_scratch else fingerprint.of_weights(folder)}
 
 
 def plan_steps(train_set: data.Dataset, cfg: TrainConfig) -> data.Plan:

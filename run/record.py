@@ -9,7 +9,9 @@ written whole or not at all.
     adapter/ best/   the last adapter, and the one with the lowest held-out loss (--full: model/ and best/, whole models)
     state/           what --resume needs (state.py)
 """
+import contextlib
 import dataclasses
+import itertools
 import json
 import platform
 import subprocess
@@ -17,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import memory
@@ -27,19 +30,36 @@ from techniques.device import compute_dtype, device_of, type_name
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def prepare_out(cfg) -> Path:
-    """The folder of the run: a new one, or with --resume the one to continue. Raises UserError if a new one is not empty."""
-    if cfg.resume:
-        return Path(cfg.out)
-    if cfg.out is None:
-        base, n = f"runs/{Path(cfg.model).name}", 1
-        while Path(f"{base}-{n}").exists():
-            n += 1
-        cfg.out = f"{base}-{n}"
-    out = Path(cfg.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and holds another run; choose another folder, or continue it with --resume")
-    return out
+@contextlib.contextmanager
+def claimed(cfg):
+    """`with claimed(cfg) as out:` the folder of the run, which no other run can write to meanwhile: a new one, or with
+    --resume the one to continue. Sets cfg.out if it is None. Raises UserError if the folder is in use, or holds another run.
+
+    The claim is a lock on `out`/.lock. The system takes it away when the process ends, however it ends.
+    """
+    names = [cfg.out] if cfg.out else (f"runs/{Path(cfg.model).name}-{n}" for n in itertools.count(1))
+    for name in names:
+        out, lock = Path(name), FileLock(Path(name) / ".lock", mode=0o644)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+            if cfg.resume or all(p.name == ".lock" for p in out.iterdir()):
+                break
+            lock.release()
+            taken = f"--out {out} exists and holds another run; choose another folder, or continue it with --resume"
+        except Timeout:
+            taken = f"--out {out}: another run is writing to this folder at this moment"
+        except FileExistsError:
+            taken = f"--out {out} is a file, not a folder"
+        except OSError as e:
+            raise UserError(f"--out {out}: cannot be written ({e.strerror})") from None
+        if cfg.out:
+            raise UserError(taken)
+    cfg.out = str(out)
+    try:
+        yield out
+    finally:
+        lock.release()
 
 
 def announce(cfg, params: dict, train_set, val_set, out: Path):
@@ -66,14 +86,15 @@ def parameters(name: str, params: dict) -> str:
             f"{params['trainable']:,} trainable ({params['percent']:.4f} %)")
 
 
-def write_config(out: Path, cfg):
+def write_config(out: Path, cfg, inputs: dict):
     git = None
     if (ROOT / ".git").exists():
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     not_saved = ("resume", "show_batch", "dry_run", "fit")
     config = {"options": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in not_saved},
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seed": cfg.seed,
-              "commit": git.stdout.strip() if git and git.returncode == 0 else None, "arithmetic": arithmetic(cfg)}
+              "commit": git.stdout.strip() if git and git.returncode == 0 else None, "arithmetic": arithmetic(cfg),
+              "inputs": inputs}
     weights.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -104,17 +125,18 @@ def rewind_log(out: Path, step: int):
 class Progress:
     """Writes each step's line to metrics.jsonl. Shows a progress bar on a terminal, and about twenty lines elsewhere.
 
-    `timed` holds the lines from which the speed is computed. The first step (which warms up) and the steps that the ledger
-    follows (which it makes slower) are not among them.
+    seen["timed"] sums up the steps from which the speed is computed. The first step (which warms up) and the steps that the
+    ledger follows (which it makes slower) are not among them.
     """
 
-    def __init__(self, out: Path, step: int, steps: int):
-        self.out, self.steps, self.timed = out, steps, []
+    def __init__(self, out: Path, step: int, steps: int, seen: dict):
+        self.out, self.steps, self.seen = out, steps, seen
         self.bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), desc="training", unit="step")
 
-    def __call__(self, line: dict, timed: bool, peak: int | None):
-        step, speed = line["step"], f"{line['tokens_per_s']:,.0f}"
-        self.timed += [line] * timed
+    def __call__(self, line: dict, timed: bool):
+        step, speed, peak = line["step"], f"{line['tokens_per_s']:,.0f}", self.seen["peak"]
+        for key in self.seen["timed"] if timed else ():
+            self.seen["timed"][key] += line[key]
         log(self.out, line)
         self.bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {line['lr']:.1e}, {speed} tok/s, peak {memory.human(peak)}")
         self.bar.update()
@@ -127,11 +149,6 @@ class Progress:
 
     def say(self, text: str):
         self.bar.write(text, file=sys.stdout)
-
-    def per_second(self, key: str) -> float | None:
-        """key: "tokens" or "examples". None if no step was timed."""
-        seconds = sum(line["step_s"] for line in self.timed)
-        return sum(line[key] for line in self.timed) / seconds if seconds else None
 
 
 def write_samples(path: Path, cfg, prompts, before, after):
@@ -188,21 +205,22 @@ def categories(measured: dict | None, predicted: dict | None) -> str:
     return "\n".join(header + lines)
 
 
-def summarise(run, params: dict, prediction: dict, watch, progress: Progress) -> dict:
-    """Write summary.json and loss.png, print the report. Returns what summary.json holds."""
-    seen = run.seen
+def summarise(run, params: dict, prediction: dict) -> dict:
+    """Write loss.png and, last, summary.json: then the run is finished. Print the report. Returns what summary.json holds."""
+    seen, timed = run.seen, run.seen["timed"]
+    per_second = {key: timed[key] / timed["step_s"] if timed["step_s"] else None for key in ("tokens", "examples")}
     summary = {
         "params": {k: params[k] for k in ("total", "trainable", "percent")},
-        "memory": {"predicted_peak": prediction["peak"], "measured_peak": watch.peak, "reserved": watch.reserved,
-                   "rss_peak": memory.rss_peak(), "predicted_by_category": prediction["by_category"],
-                   "by_category": watch.by_category},
+        "memory": {"predicted_peak": prediction["peak"], "measured_peak": seen["peak"], "reserved": seen["reserved"],
+                   "rss_peak": max(seen["rss_peak"], memory.rss_peak()), "predicted_by_category": prediction["by_category"],
+                   "by_category": seen["by_category"] if seen["peak"] else None},
         "loss": {"first": seen["loss_first"], "last": seen["loss_last"], "val_before": seen["val_before"],
                  "val_after": seen["val_after"], "val_best": seen["val_best"]},
-        "tokens_per_s": progress.per_second("tokens"), "examples_per_s": progress.per_second("examples"),
+        "tokens_per_s": per_second["tokens"], "examples_per_s": per_second["examples"],
         "wall_s": seen["wall_s"], "steps": run.step, "arithmetic": arithmetic(run.cfg),
     }
-    weights.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     plot_losses(run.out)
+    weights.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report(summary, run.out)
     return summary
 
@@ -215,11 +233,13 @@ def report(summary: dict, out: Path):
     if summary["tokens_per_s"]:
         print(f"speed         {summary['tokens_per_s']:,.0f} tokens/s, {summary['examples_per_s']:.2f} examples/s, "
               f"{summary['wall_s']:.0f} s in all")
-    error = f" ({100 * (m['predicted_peak'] / m['measured_peak'] - 1):+.1f} %)" if m["predicted_peak"] else ""
+    both = m["predicted_peak"] and m["measured_peak"]
+    error = f" ({100 * (m['predicted_peak'] / m['measured_peak'] - 1):+.1f} %)" if both else ""
     predicted = [f"{memory.human(m['predicted_peak'])} predicted{error}"] * bool(m["predicted_peak"])
-    parts = [f"{memory.human(m['measured_peak'])} in tensors", *predicted, f"{memory.human(m['rss_peak'])} resident",
+    measured = f"{memory.human(m['measured_peak'])} in tensors" if m["measured_peak"] else "not measured"
+    parts = [measured, *predicted, f"{memory.human(m['rss_peak'])} resident",
              *[f"{memory.human(m['reserved'])} reserved"] * bool(m["reserved"])]
     print(f"peak memory   {', '.join(parts)}")
     if m["by_category"]:
         print("at the peak   " + categories(m["by_category"], m["predicted_by_category"]).replace("\n", "\n              "))
-    print(f"written       {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
+    print(f"written       {', '.join(sorted(p.name for p in out.iterdir() if p.name != '.lock'))} in {out}")

@@ -2,20 +2,44 @@
 
 `state/state.safetensors` is one file, so it is written whole or not at all. It holds the trained weights, AdamW's moments,
 the random state, and the numbers that the run has collected. So a resumed run continues bit for bit.
+
+What a kill may leave follows from one order of writing: best/ and adapter/ first, then the state; after the last step
+samples.md, loss.png, and at the very end summary.json. So whatever the state has seen is there, and a run is *finished* when
+its state has taken all steps and summary.json exists. What a kill has left half done is done again by --resume.
 """
+import contextlib
+import copy
 import json
 import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import lora
+import memory
 from errors import UserError
 from files import hub, peft_files, weights
 from run import record
 from run.options import TrainConfig
+from techniques.device import type_name
 from techniques.optim import AdamW
+
+
+# What a run collects for summary.json, as it is before the first step. The state holds it too.
+SEEN = {"wall_s": 0.0, "loss_first": None, "loss_last": None, "val_before": None, "val_after": None, "val_best": None,
+        "samples": [], "skipped": 0, "peak": None, "reserved": None, "rss_peak": 0, "by_category": dict.fromkeys(
+            memory.CATEGORIES, 0), "timed": {"tokens": 0, "examples": 0, "step_s": 0.0}}
+
+
+def same_kind(value, start) -> bool:
+    """Whether a number of a state can be what began as `start`: a list of texts, a dict of the same names, or a number."""
+    if isinstance(start, list):
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if isinstance(start, dict):
+        return isinstance(value, dict) and value.keys() == start.keys() and all(same_kind(v, 0) for v in value.values())
+    return value is None and start is None or isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Run:
@@ -28,8 +52,7 @@ class Run:
         self.cfg, self.out, self.model, self.optimizer, self.scaler = cfg, out, model, optimizer, scaler
         self.tokenizer, self.template = tokenizer, template
         self.trained = {n: optimizer.master(p) for n, p in model.named_parameters() if p.requires_grad}
-        self.step, self.seen = 0, {"wall_s": 0.0, "loss_first": None, "loss_last": None, "val_before": None,
-                                   "val_after": None, "val_best": None, "samples": [], "skipped": 0}
+        self.step, self.seen = 0, copy.deepcopy(SEEN)
         if cfg.resume:
             self.load()
 
@@ -56,7 +79,9 @@ class Run:
         weights.write_text(folder / "generation_config.json", json.dumps(ends) + "\n")
 
     def save(self):
-        """Write what --resume needs, and export the current adapter (--full: model)."""
+        """Export the current adapter (--full: model), and write what --resume needs."""
+        self.export("model" if self.cfg.full else "adapter")
+        self.seen["rss_peak"] = max(self.seen["rss_peak"], memory.rss_peak())
         tensors = {f"param/{n}": p.detach() for n, p in self.trained.items()}
         for n, p in self.trained.items():
             for key, value in self.optimizer.state[p].items():
@@ -70,27 +95,27 @@ class Run:
         numbers = {"step": self.step, "seen": self.seen, "scaler": self.scaler.state_dict()}
         tensors = {name: t.cpu() for name, t in tensors.items()}
         weights.write_tensors(state_file(self.out), tensors, {"numbers": json.dumps(numbers)})
-        self.export("model" if self.cfg.full else "adapter")
 
     def load(self):
-        with weights.opened(state_file(self.out)) as f:
-            numbers, names = json.loads(f.metadata()["numbers"]), set(f.keys())
+        """Raises UserError for a state that does not belong to this run."""
+        with saved_state(self.cfg) as (f, numbers):
+            names = set(f.keys())
             with torch.no_grad():
                 for n, p in self.trained.items():
-                    self.model.get_parameter(n).copy_(p.copy_(f.get_tensor(f"param/{n}")))
+                    self.model.get_parameter(n).copy_(p.copy_(like(p, f, f"param/{n}")))
                     if f"optimizer/step/{n}" in names:  # (not if every step so far was skipped)
                         for key, value in self.optimizer.init_state(p).items():
-                            value.copy_(f.get_tensor(f"optimizer/{key}/{n}"))
+                            value.copy_(like(value, f, f"optimizer/{key}/{n}"))
             for n, m in lora.adapters(self.model).items():
                 if f"start/{n}.A" in names:
-                    m.keep_start(f.get_tensor(f"start/{n}.A"), f.get_tensor(f"start/{n}.B"))
+                    m.keep_start(like(m.lora_A, f, f"start/{n}.A"), like(m.B(), f, f"start/{n}.B"))
             if not self.cfg.full:
                 peft_files.restore_base(self.model, self.cfg.lora_init)
-            torch.set_rng_state(f.get_tensor("rng/cpu"))
+            torch.set_rng_state(like(torch.get_rng_state(), f, "rng/cpu"))
             if "rng/cuda" in names and torch.device(self.cfg.device).type == "cuda":
-                torch.cuda.set_rng_state(f.get_tensor("rng/cuda"), self.cfg.device)
-        self.step, self.seen = numbers["step"], numbers["seen"]
-        self.scaler.load_state_dict(numbers["scaler"])
+                torch.cuda.set_rng_state(like(torch.cuda.get_rng_state(self.cfg.device), f, "rng/cuda"), self.cfg.device)
+            self.scaler.load_state_dict(numbers["scaler"])
+        self.step, self.seen = numbers["step"], {**self.seen, **numbers["seen"]}  # (older states have fewer numbers)
         record.rewind_log(self.out, self.step)
         print(f"resumed {self.out} after step {self.step}")
         before, now = hub.read_json(self.out / "config.json").get("arithmetic"), record.arithmetic(self.cfg)
@@ -103,30 +128,88 @@ def state_file(out) -> Path:
     return Path(out) / "state" / "state.safetensors"
 
 
-def steps_done(cfg: TrainConfig) -> int:
-    """0, or the step after which --resume continues."""
-    if not cfg.resume:
-        return 0
-    with weights.opened(state_file(cfg.out)) as f:
-        return json.loads(f.metadata()["numbers"])["step"]
+@contextlib.contextmanager
+def saved_state(cfg: TrainConfig):
+    """Yields (the open state of cfg's run, its numbers). Raises UserError for anything in it that cannot be."""
+    path = state_file(cfg.out)
+    with weights.opened(path) as f:
+        try:
+            numbers = json.loads(weights.read_metadata(f)["numbers"])
+            step, seen = numbers["step"], numbers["seen"]
+            if type(step) is not int or not 0 < step <= cfg.steps:
+                raise ValueError(f"step {step} of {cfg.steps}")
+            wrong = [name for name, start in SEEN.items() if not same_kind(seen.get(name, start), start)]
+            if wrong or not isinstance(numbers["scaler"], dict):
+                raise ValueError(f"{(wrong or ['scaler'])[0]} is of another kind")
+            yield f, numbers
+        except (LookupError, ValueError, TypeError, RecursionError, RuntimeError, SafetensorError) as e:
+            raise UserError(f"{path}: not the state of this run ({e}); start the run again in another folder") from None
+
+
+def like(wanted: torch.Tensor, f, name: str) -> torch.Tensor:
+    """Tensor `name` of a state. Raises ValueError unless it has the shape and the type of `wanted`."""
+    tensor = f.get_tensor(name)
+    if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+        raise ValueError(f"{name} has shape {list(tensor.shape)} of {type_name(tensor.dtype)}, "
+                         f"not {list(wanted.shape)} of {type_name(wanted.dtype)}")
+    return tensor
+
+
+def finished(cfg: TrainConfig) -> dict | None:
+    """summary.json of a run that has taken all its steps and has written everything, or None. cfg: its options."""
+    out = Path(cfg.out)
+    exported = out / ("model/config.json" if cfg.full else "adapter/adapter_config.json")
+    with saved_state(cfg) as (_, numbers):
+        done = numbers["step"]
+    if done < cfg.steps or not all(p.is_file() for p in (exported, out / "samples.md", out / "loss.png",
+                                                                    out / "summary.json")):
+        return None
+    print(f"{out} is finished: {cfg.steps} of {cfg.steps} steps are taken, and every file is written")
+    return hub.read_json(out / "summary.json")
+
+
+MAY_MOVE = ("model", "data", "val_data", "template")  # a run may continue with another path, if the content is the same
 
 
 def options_of_run(cfg: TrainConfig) -> TrainConfig:
-    """--resume: the saved run's options. An option that is given again (not at its default) must be the same."""
+    """--resume: the saved run's options. An option that is given again must be the same (from Python: if it is not at its
+    default, because then nobody knows whether it was given)."""
     if not cfg.out:
         raise UserError("--resume needs --out, the folder of the run to continue")
     path, state = Path(cfg.out) / "config.json", state_file(cfg.out)
     if not path.is_file():
         raise UserError(f"--resume: {cfg.out} holds no run (no config.json in it)")
     if not state.is_file():
-        raise UserError(f"--resume: {state} is missing, the run was stopped before its first save; start it again")
+        raise UserError(f"--resume: {state} is missing, the run was stopped before its first save; remove "
+                        f"{cfg.out} and start it again")
     saved = hub.read_json(path)["options"]
     default = TrainConfig()
+    moved = {}
     for name in saved:
         given = getattr(cfg, name)
-        if name != "out" and given != getattr(default, name) and given != saved[name]:
+        if name == "out" or name not in cfg.given and given == getattr(default, name) or given == saved[name]:
+            continue
+        if name not in MAY_MOVE:
             raise UserError(f"--resume with a changed option: --{name.replace('_', '-')} {given}, the run in {cfg.out} has "
                             f"{saved[name]}; leave it out, or start a new run")
-    resumed = TrainConfig(**{**saved, "out": cfg.out, "resume": True, "dry_run": cfg.dry_run, "show_batch": cfg.show_batch})
+        moved[name] = given
+    resumed = TrainConfig(**{**saved, **moved, "out": cfg.out, "resume": True, "dry_run": cfg.dry_run,
+                             "show_batch": cfg.show_batch})
     resumed.epochs = default.epochs  # the number of steps was resolved from it
     return resumed
+
+
+WHAT = {"data": "--data", "val_data": "--val-data", "template": "the template", "tokenizer": "the tokenizer",
+        "weights": "the base model"}
+
+
+def check_inputs(cfg: TrainConfig, now: dict):
+    """--resume: the data and the model must be those with which the run began. now: prepare.inputs(...). Raises UserError."""
+    before = hub.read_json(Path(cfg.out) / "config.json").get("inputs")
+    if before is None:
+        print(f"{cfg.out} is of an older version, which did not record its data and its model: they are taken as they are")
+        return
+    for name, what in WHAT.items():
+        if before.get(name) != now[name]:
+            raise UserError(f"--resume: {what} is not what the run in {cfg.out} began with (another content: "
+                            f"{getattr(cfg, name, None) or cfg.model}); bring back the old one, or start a new run")

@@ -21,14 +21,14 @@ def candidates(done: int, steps: int) -> range:
 
 
 class PeakWatch:
-    """`with watch.step(n): train_step(...)` for each step; then `peak` in bytes, and `by_category`."""
+    """`with watch.step(n): train_step(...)` for each step. The largest peak so far, in bytes, is in `seen`: "peak",
+    "by_category" and "reserved". `seen` is the run's and is saved with it, so the peak is that of all its steps."""
 
-    def __init__(self, model, optimizer, plan: data.Plan, cfg: TrainConfig, done: int):
-        self.model, self.optimizer, self.plan, self.device = model, optimizer, plan, cfg.device
+    def __init__(self, model, optimizer, plan: data.Plan, cfg: TrainConfig, done: int, seen: dict):
+        self.model, self.optimizer, self.plan, self.device, self.seen = model, optimizer, plan, cfg.device, seen
         self.candidates = range(0) if cfg.compile else candidates(done, cfg.steps)  # a compiled step cannot be followed
         self.first_timed = candidates(done, cfg.steps).start
         self.front = data.Front()  # the sizes of the micro-batches followed so far
-        self.ledger: memory.Ledger | None = None  # of the step with the largest peak
         self.cuda = torch.device(cfg.device).type == "cuda"
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(cfg.device)
@@ -49,19 +49,7 @@ class PeakWatch:
         kept = device_of(self.device).rooms.values()
         with memory.Ledger(self.model, self.optimizer, kept, "cuda" if self.cuda else None) as ledger:
             yield False
-        self.ledger = max(self.ledger or ledger, ledger, key=lambda ledger: ledger.peak)
-
-    @property
-    def peak(self) -> int | None:
-        """Bytes: on a GPU what its allocator says, else the ledger's live tensors. None if nothing was followed."""
-        cuda = memory.cuda_peak(self.device)
-        return cuda[0] if cuda else self.ledger.peak if self.ledger else None
-
-    @property
-    def reserved(self) -> int | None:
-        cuda = memory.cuda_peak(self.device)
-        return cuda and cuda[1]
-
-    @property
-    def by_category(self) -> dict | None:
-        return self.ledger.at_peak if self.ledger else None
+        if ledger.peak > sum(self.seen["by_category"].values()):
+            self.seen["peak"], self.seen["by_category"] = ledger.peak, ledger.at_peak
+        if cuda := memory.cuda_peak(self.device):  # the GPU's allocator knows more
+            self.seen["peak"], self.seen["reserved"] = (max(self.seen[k] or 0, n) for k, n in zip(("peak", "reserved"), cuda))

@@ -588,7 +588,7 @@ def test_the_files_of_a_run(finished, shared):
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (out / "loss.png").stat().st_size > 5000
 
     config = json.loads((out / "config.json").read_text())
-    assert config.keys() == {"options", "versions", "seed", "commit", "arithmetic"}
+    assert config.keys() == {"options", "versions", "seed", "commit", "arithmetic", "inputs"}
     of_no_run = {"resume", "show_batch", "dry_run", "fit"}
     assert config["options"].keys() == {f.name for f in dataclasses.fields(TrainConfig)} - of_no_run
     given = {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in of_no_run}
