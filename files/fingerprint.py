@@ -5,11 +5,11 @@ A path says nothing: the file behind it may have been edited, and the same file 
     data, val_data     SHA-256 of the whole file
     template           SHA-256 of the template's text
     tokenizer          SHA-256 of the tokenizer's files, their names included
-    weights            SHA-256 of config.json and of a sample of the weights: every header (names, types, shapes), and the first
-                       1,024 bytes of each tensor
+    weights            SHA-256 of config.json and of a sample of the weights: every header (names, types, shapes), and the
+                       first 1,024 bytes of each tensor
 
-Hashing all weights would read LLaMA-7B's 13.5 GB once more, a minute. The sample is 291 kB. It notices another checkpoint and
-a tensor that was set to zero, but not a change in the middle of one tensor.
+Hashing all weights would read LLaMA-7B's 13.5 GB once more, a minute. The sample is 291 kB. It notices another checkpoint
+and a tensor that was set to zero, but not a change in the middle of one tensor.
 """
 import hashlib
 import json

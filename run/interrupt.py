@@ -2,14 +2,14 @@
 
     SIGINT     Ctrl-C
     SIGTERM    Slurm at the end of the time limit, `docker stop`, `kill`
-    SIGHUP     the terminal is closed, or the ssh connection is lost (`nohup` makes a program ignore it, and it stays ignored)
+    SIGHUP     the terminal is closed, or the ssh connection is lost (with `nohup` it is ignored, and stays ignored)
 
 A program that a signal has ended exits with the status 128 + the signal's number: 130, 143 or 129.
 """
 import contextlib
 import signal
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # (Windows: no SIGHUP)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # (not in Windows)
 
 
 class Interrupted(KeyboardInterrupt):

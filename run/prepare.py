@@ -22,7 +22,7 @@ def read_data(cfg: TrainConfig):
 
 
 def inputs(cfg: TrainConfig, template: str) -> dict:
-    """Hashes of what the run is made from (files/fingerprint.py). They are in its config.json, and --resume compares them."""
+    """Hashes of what the run is made from (files/fingerprint.py), for its config.json. --resume compares them."""
     folder = weights.find(cfg.model)
     return {"data": fingerprint.of_file(cfg.data), "val_data": cfg.val_data and fingerprint.of_file(cfg.val_data),
             "template": fingerprint.of_text(template), "tokenizer": fingerprint.of_tokenizer(folder),

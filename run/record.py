@@ -206,7 +206,7 @@ def categories(measured: dict | None, predicted: dict | None) -> str:
 
 
 def summarise(run, params: dict, prediction: dict) -> dict:
-    """Write loss.png and, last, summary.json: then the run is finished. Print the report. Returns what summary.json holds."""
+    """Write loss.png and, last, summary.json, which makes the run finished. Returns what summary.json holds."""
     seen, timed = run.seen, run.seen["timed"]
     per_second = {key: timed[key] / timed["step_s"] if timed["step_s"] else None for key in ("tokens", "examples")}
     summary = {

@@ -26,7 +26,6 @@ from run.options import TrainConfig
 from techniques.device import type_name
 from techniques.optim import AdamW
 
-
 # What a run collects for summary.json, as it is before the first step. The state holds it too.
 SEEN = {"wall_s": 0.0, "loss_first": None, "loss_last": None, "val_before": None, "val_after": None, "val_best": None,
         "samples": [], "skipped": 0, "peak": None, "reserved": None, "rss_peak": 0, "by_category": dict.fromkeys(
@@ -53,6 +52,7 @@ class Run:
         self.tokenizer, self.template = tokenizer, template
         self.trained = {n: optimizer.master(p) for n, p in model.named_parameters() if p.requires_grad}
         self.step, self.seen = 0, copy.deepcopy(SEEN)
+        self.last = "model" if cfg.full else "adapter"  # the folder of what was trained, as it is after the last save
         if cfg.resume:
             self.load()
 
@@ -80,7 +80,7 @@ class Run:
 
     def save(self):
         """Export the current adapter (--full: model), and write what --resume needs."""
-        self.export("model" if self.cfg.full else "adapter")
+        self.export(self.last)
         self.seen["rss_peak"] = max(self.seen["rss_peak"], memory.rss_peak())
         tensors = {f"param/{n}": p.detach() for n, p in self.trained.items()}
         for n, p in self.trained.items():
@@ -117,6 +117,8 @@ class Run:
             self.scaler.load_state_dict(numbers["scaler"])
         self.step, self.seen = numbers["step"], {**self.seen, **numbers["seen"]}  # (older states have fewer numbers)
         record.rewind_log(self.out, self.step)
+        if self.step == self.cfg.steps:  # all steps are taken, but not everything is written: nothing saves again
+            self.export(self.last)
         print(f"resumed {self.out} after step {self.step}")
         before, now = hub.read_json(self.out / "config.json").get("arithmetic"), record.arithmetic(self.cfg)
         if before and before["products"] != now["products"]:
@@ -135,7 +137,7 @@ def saved_state(cfg: TrainConfig):
     with weights.opened(path) as f:
         try:
             numbers = json.loads(weights.read_metadata(f)["numbers"])
-            step, seen = numbers["step"], numbers["seen"]
+            step, seen = numbers["step"], dict(numbers["seen"])
             if type(step) is not int or not 0 < step <= cfg.steps:
                 raise ValueError(f"step {step} of {cfg.steps}")
             wrong = [name for name, start in SEEN.items() if not same_kind(seen.get(name, start), start)]
@@ -204,7 +206,7 @@ WHAT = {"data": "--data", "val_data": "--val-data", "template": "the template", 
 
 
 def check_inputs(cfg: TrainConfig, now: dict):
-    """--resume: the data and the model must be those with which the run began. now: prepare.inputs(...). Raises UserError."""
+    """--resume: data and model must be those with which the run began. now: prepare.inputs(...). Raises UserError."""
     before = hub.read_json(Path(cfg.out) / "config.json").get("inputs")
     if before is None:
         print(f"{cfg.out} is of an older version, which did not record its data and its model: they are taken as they are")

@@ -52,4 +52,5 @@ class PeakWatch:
         if ledger.peak > sum(self.seen["by_category"].values()):
             self.seen["peak"], self.seen["by_category"] = ledger.peak, ledger.at_peak
         if cuda := memory.cuda_peak(self.device):  # the GPU's allocator knows more
-            self.seen["peak"], self.seen["reserved"] = (max(self.seen[k] or 0, n) for k, n in zip(("peak", "reserved"), cuda))
+            for key, n in zip(("peak", "reserved"), cuda):
+                self.seen[key] = max(self.seen[key] or 0, n)

@@ -1,0 +1,282 @@
+"""--resume: a run that was killed, or that is finished; data or a model that changed; two runs in one folder; signals."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, make_data, make_folder
+from runs import lines, no_picture, options, timeless
+from safetensors.torch import load_file, save_file
+
+import train
+from errors import UserError
+from files import weights
+from run import record, state
+from train import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    make_folder(folder / "llama", "llama")
+    make_data(folder / "data.jsonl", 12)
+    make_data(folder / "val.jsonl", 4)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    no_picture(monkeypatch)
+
+
+@pytest.fixture
+def start(shared, tmp_path):
+    """start(**options): a run of 4 steps in tmp_path/run, saved after each one."""
+    def run(name="run", **more):
+        model, rows = more.pop("model", shared / "llama"), more.pop("data", shared / "data.jsonl")
+        return train.main(options(tmp_path / name, model, rows, **{
+            "val_data": str(shared / "val.jsonl"), "steps": 4, "save_every": 1, "eval_every": 2, "samples": 1, **more}))
+    return run
+
+
+def resume(out, **more):
+    return train.main(TrainConfig(out=str(out), resume=True, **more))
+
+
+def files(out) -> dict:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, n: int, start):
+    """Run `start` and end it at its n-th rename. False if it has fewer."""
+    real, calls = os.replace, []
+
+    def replace(*names):
+        calls.append(names)
+        if len(calls) == n:
+            raise Killed
+        real(*names)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", replace)
+        try:
+            start()
+        except Killed:
+            return True
+    return False
+
+
+def same(out, wanted):
+    """Whether two runs have left the same: tensors, losses, samples, and every key of the summary."""
+    for file in ("adapter/adapter_model.safetensors", "best/adapter_model.safetensors", "state/state.safetensors"):
+        a, b = load_file(out / file), load_file(wanted / file)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), file
+    assert timeless(lines(out)) == timeless(lines(wanted))
+    assert (out / "samples.md").read_text() == (wanted / "samples.md").read_text()
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (out, wanted))
+    for summary in (a, b):
+        del summary["tokens_per_s"], summary["examples_per_s"], summary["wall_s"], summary["memory"]["rss_peak"]
+    assert a == b
+
+
+def test_killed_at_every_rename(start, tmp_path, monkeypatch):
+    """Whatever is half done is done again: the resumed run leaves what an uninterrupted one leaves."""
+    start("whole")
+    resumed = n = 0
+    while killed_at(monkeypatch, n := n + 1, lambda: start(f"run{n}")):
+        out = tmp_path / f"run{n}"
+        if not state.state_file(out).is_file():
+            with pytest.raises(UserError, match="no config.json|before its first save; remove .* and start it again"):
+                resume(out)
+            continue
+        resume(out)
+        same(out, tmp_path / "whole")
+        resumed += 1
+    assert resumed > 20 and resumed > n / 2
+    same(tmp_path / f"run{n}", tmp_path / "whole")
+
+
+def test_a_finished_run_says_so_and_is_left_alone(start, tmp_path, capsys, monkeypatch):
+    wanted, out = start(), tmp_path / "run"
+    before = files(out)
+    capsys.readouterr()
+    assert resume(out) == json.loads(json.dumps(wanted))
+    assert capsys.readouterr().out == f"{out} is finished: 4 of 4 steps are taken, and every file is written\n"
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("missing", ["adapter", "samples.md", "loss.png", "summary.json"])
+def test_a_finished_run_writes_what_is_missing(missing, start, tmp_path):
+    start("whole")
+    out = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+    (shutil.rmtree if missing == "adapter" else os.remove)(out / missing)
+    resume(out)
+    same(out, tmp_path / "whole")
+    assert (out / missing).exists()
+
+
+def test_the_summary_of_a_resumed_run_is_of_all_its_steps(start, tmp_path, monkeypatch):
+    """Peak and speed include the steps before the interruption, also if none is taken after it."""
+    whole = start("whole")
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(record, "write_samples", stop)
+        start()
+    summary = resume(tmp_path / "run")
+    assert summary["memory"]["measured_peak"] == whole["memory"]["measured_peak"] > 0
+    assert summary["memory"]["by_category"] == whole["memory"]["by_category"] and summary["tokens_per_s"] > 0
+
+
+def stop(*args):
+    raise Killed
+
+
+@pytest.mark.parametrize("what, wanted", [
+    ("rows", "--data is not what the run .* began with"), ("fewer", "--data is not"), ("val", "--val-data is not"),
+    ("embedding", "the base model is not"), ("config", "the base model is not"), ("tokenizer", "the tokenizer is not")])
+def test_changed_data_or_model(what, wanted, shared, start, tmp_path):
+    moved = shutil.copytree(shared, tmp_path / "shared")
+    here = {"model": str(moved / "llama"), "data": str(moved / "data.jsonl"), "val_data": str(moved / "val.jsonl")}
+    start(**here, steps=4)
+    os.remove(tmp_path / "run" / "summary.json")
+    if what in ("rows", "fewer", "val"):
+        make_data(moved / "data.jsonl" if what != "val" else moved / "val.jsonl", 3)
+        if what == "rows":
+            text = (shared / "data.jsonl").read_text()
+            (moved / "data.jsonl").write_text(text.replace("It is", "It was"))
+    elif what == "embedding":
+        tensors = load_file(moved / "llama" / "model.safetensors")
+        tensors["model.embed_tokens.weight"].zero_()
+        save_file(tensors, moved / "llama" / "model.safetensors", {"format": "pt"})
+    elif what == "config":
+        text = (moved / "llama" / "config.json").read_text()
+        (moved / "llama" / "config.json").write_text(text.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
+    else:
+        (moved / "llama" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    before = files(tmp_path / "run")
+    with pytest.raises(UserError, match=wanted):
+        resume(tmp_path / "run")
+    assert files(tmp_path / "run") == before
+
+
+def test_data_and_model_may_move(shared, start, tmp_path, monkeypatch):
+    """Other paths with the same content are welcome."""
+    start("whole")
+    moved = shutil.copytree(shared, tmp_path / "shared")
+    assert killed_at(monkeypatch, 30, lambda: start(model=str(moved / "llama"), data=str(moved / "data.jsonl")))
+    moved.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="data.jsonl"):
+        resume(tmp_path / "run", model=str(shared / "llama"))
+    resume(tmp_path / "run", model=str(shared / "llama"), data=str(tmp_path / "elsewhere" / "data.jsonl"))
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_option_given_at_its_default_is_compared(start, tmp_path):
+    start(batch_size=2, steps=2)
+    os.remove(tmp_path / "run" / "summary.json")
+    for words in (["--batch-size", "8"], ["--lr", "1"], ["--seed", "1"], ["--amp"]):
+        with pytest.raises(UserError, match=f"changed option: {words[0]}"):
+            train.main(train.parse(["--out", str(tmp_path / "run"), "--resume", *words]))
+    train.main(train.parse(["--out", str(tmp_path / "run"), "--resume", "--batch-size", "2", "--seed", "0"]))
+
+
+def test_one_folder_belongs_to_one_run(start, tmp_path):
+    cfg = TrainConfig(out=str(tmp_path / "run"), model="m")
+    with record.claimed(cfg):
+        with pytest.raises(UserError, match="another run is writing to this folder"):
+            start()
+        with pytest.raises(UserError, match="another run is writing to this folder"), record.claimed(
+                TrainConfig(out=cfg.out, resume=True)):
+            pass
+    start()  # the claim of a run that has ended, however it ended, means nothing
+    with pytest.raises(UserError, match="holds another run"):
+        start()
+
+
+def test_the_default_folder_is_the_next_one_that_is_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with record.claimed(TrainConfig(model="m")) as first, record.claimed(TrainConfig(model="m")) as second:
+        assert (str(first), str(second)) == ("runs/m-1", "runs/m-2")
+        (second / "config.json").write_text("{}")
+    with record.claimed(TrainConfig(model="m")) as again:  # the first left nothing behind
+        assert str(again) == "runs/m-1"
+
+
+def test_a_folder_that_cannot_be_claimed(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below"):
+        with pytest.raises(UserError, match=f"--out .*{name}"), record.claimed(TrainConfig(out=str(tmp_path / name))):
+            pass
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"step": 5}, "step 5 of 4"), ({"step": "2"}, "step 2"), ({"step": None}, "step None"), ({"seen": 3}, "int"),
+    ({"seen": {"val_best": "low"}}, "val_best is of another kind"), ({"seen": {"timed": {"tokens": 1}}}, "timed is of"),
+    ({"scaler": 3}, "scaler is of")])
+def test_a_state_that_cannot_be(change, says, start, tmp_path):
+    start()
+    path = state.state_file(tmp_path / "run")
+    with weights.opened(path) as f:
+        numbers = json.loads(weights.read_metadata(f)["numbers"])
+    weights.write_tensors(path, load_file(path), {"numbers": json.dumps({**numbers, **change})})
+    with pytest.raises(UserError, match=f"not the state of this run .*({says})"):
+        resume(tmp_path / "run")
+
+
+def test_a_state_with_other_tensors(start, tmp_path):
+    start()
+    os.remove(tmp_path / "run" / "summary.json")
+    path = state.state_file(tmp_path / "run")
+    with weights.opened(path) as f:
+        numbers = weights.read_metadata(f)["numbers"]
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.startswith("param/"))
+    for other in ({**tensors, name: tensors[name][1:]}, {**tensors, name: tensors[name].half()},
+                  {n: t for n, t in tensors.items() if n != name}, {**tensors, "rng/cpu": torch.zeros(3)}):
+        weights.write_tensors(path, other, {"numbers": numbers})
+        with pytest.raises(UserError, match="not the state of this run"):
+            resume(tmp_path / "run")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_signals_end_a_run_as_ctrl_c_does(shared, tmp_path):
+    """Slurm and `docker stop` send SIGTERM, a lost connection SIGHUP: the state is saved, the status names the signal."""
+    runs = []
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        out = tmp_path / signum.name
+        words = ["--model", shared / "llama", "--data", shared / "data.jsonl", "--out", out, "--steps", "400",
+                 "--samples", "0", "--save-every", "400", "--eval-every", "400", "--device", "cpu"]
+        runs.append((signum, out, subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, words)], text=True,
+                                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)))
+    for signum, out, p in runs:
+        end = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or len(lines(out)) < 3:
+            assert p.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        p.send_signal(signum)
+        stdout, stderr = p.communicate(timeout=60)
+        assert p.returncode == 128 + signum and stderr == "" and "--resume" in stdout.splitlines()[-1]
+        with weights.opened(state.state_file(out)) as f:
+            assert 2 <= json.loads(weights.read_metadata(f)["numbers"])["step"] < 400
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """nohup ignores SIGHUP; a shell's background jobs ignore SIGINT."""
+    from run.interrupt import Interrupt
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupt.seen is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupt.seen == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
