@@ -138,9 +138,11 @@ def main(cfg: TrainConfig) -> dict:
     """Train as `cfg` says; returns what summary.json holds. Raises UserError, and KeyboardInterrupt after saving."""
     if cfg.fit:
         return fit(cfg)
-    cfg = resolve(state.options_of_run(cfg) if cfg.resume else cfg)
-    if cfg.resume and (summary := state.finished(cfg)):
-        return summary
+    if cfg.resume:
+        cfg = state.options_of_run(cfg)
+        if not cfg.given and (summary := state.finished(cfg)):
+            return summary
+    cfg = resolve(cfg)
     if cfg.dry_run:
         return ask.dry_run(cfg)
     folder = weights.find(cfg.model)
@@ -155,6 +157,8 @@ def main(cfg: TrainConfig) -> dict:
     inputs = prepare.inputs(cfg, template)
     if cfg.resume:
         state.check_inputs(cfg, inputs)
+        if summary := state.finished(cfg):
+            return summary
     with record.claimed(cfg) as out:
         predictor = ask.start(cfg, plan)
         model = prepare.load_model(cfg)

@@ -45,21 +45,29 @@ def claimed(cfg):
             lock.acquire(blocking=False)
             if cfg.resume or all(p.name == ".lock" for p in out.iterdir()):
                 break
-            lock.release()
+            let_go(out, lock)
             taken = f"--out {out} exists and holds another run; choose another folder, or continue it with --resume"
         except Timeout:
             taken = f"--out {out}: another run is writing to this folder at this moment"
         except FileExistsError:
-            taken = f"--out {out} is a file, not a folder"
+            taken = f"--out {out} exists and is a file; choose another folder"
         except OSError as e:
-            raise UserError(f"--out {out}: cannot be written ({e.strerror})") from None
+            raise UserError(f"--out {out} could not be written ({e.strerror})") from None
         if cfg.out:
             raise UserError(taken)
     cfg.out = str(out)
     try:
         yield out
     finally:
-        lock.release()
+        let_go(out, lock)
+
+
+def let_go(out: Path, lock: FileLock):
+    """Give the claim back, and remove the folder if nothing was written to it."""
+    with contextlib.suppress(OSError):
+        (out / ".lock").unlink()
+        out.rmdir()  # works only if it is empty
+    lock.release()
 
 
 def announce(cfg, params: dict, train_set, val_set, out: Path):
@@ -242,4 +250,4 @@ def report(summary: dict, out: Path):
     print(f"peak memory   {', '.join(parts)}")
     if m["by_category"]:
         print("at the peak   " + categories(m["by_category"], m["predicted_by_category"]).replace("\n", "\n              "))
-    print(f"written       {', '.join(sorted(p.name for p in out.iterdir() if p.name != '.lock'))} in {out}")
+    print(f"written       {', '.join(sorted(p.name for p in out.glob('[!.]*')))} in {out}")

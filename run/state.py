@@ -159,6 +159,8 @@ def like(wanted: torch.Tensor, f, name: str) -> torch.Tensor:
 
 def finished(cfg: TrainConfig) -> dict | None:
     """summary.json of a run that has taken all its steps and has written everything, or None. cfg: its options."""
+    if cfg.dry_run or cfg.show_batch:
+        return None
     out = Path(cfg.out)
     exported = out / ("model/config.json" if cfg.full else "adapter/adapter_config.json")
     with saved_state(cfg) as (_, numbers):
@@ -198,6 +200,7 @@ def options_of_run(cfg: TrainConfig) -> TrainConfig:
     resumed = TrainConfig(**{**saved, **moved, "out": cfg.out, "resume": True, "dry_run": cfg.dry_run,
                              "show_batch": cfg.show_batch})
     resumed.epochs = default.epochs  # the number of steps was resolved from it
+    resumed.given = frozenset(moved)
     return resumed
 
 

@@ -1,5 +1,6 @@
 """The bench on tiny models. The processes of the rows are replaced by a stub, except in one real table at the end."""
 import argparse
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -232,7 +233,7 @@ def test_the_grid_gives_a_reason_only_for_an_order_that_every_repetition_shows(s
 # ---------------------------------------------------------------------------------------------------------- rows
 
 def test_each_rung_of_the_ladder_is_the_one_before_and_one_technique():
-    rungs = [vars(train.parse(options.split())) for options in bench.LADDER.values()]
+    rungs = [dataclasses.asdict(train.parse(options.split())) for options in bench.LADDER.values()]
     changes = [{k for k in a if a[k] != b[k]} for a, b in zip(rungs, rungs[1:])]
     assert changes == [{"full"}, {"amp"}, {"ckpt_every"}, {"ckpt_every"}, {"batch_size", "grad_accum"}, {"bits"}, {"bits"},
                        {"optimizer"}]
@@ -244,7 +245,7 @@ def test_every_row_is_a_configuration_that_train_accepts_and_predict_covers_the_
         cfg = train.resolve(train.parse(options.split()))
         assert options_.resolve_bits(cfg, None) in (32, 16, 8, 4)
     assert len(set(bench.PREDICT)) == len(bench.PREDICT) >= 24
-    seen = [vars(train.parse(options.split())) for options in bench.PREDICT]
+    seen = [dataclasses.asdict(train.parse(options.split())) for options in bench.PREDICT]
     for name, values in {"bits": (None, 32, 8, 4), "amp": (0, 1), "ckpt_every": (0, 1, 2), "ckpt_offload": (0, 1),
                          "pack": (0, 1), "full": (0, 1), "lora_targets": (None, "all"), "lora_dropout": (0, 0.1),
                          "optimizer": optim.OPTIMIZERS, "lora_init": lora_init.INITS}.items():

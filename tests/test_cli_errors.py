@@ -150,7 +150,7 @@ TRAIN = {
     "resume unsaved": ("--out no-save --resume", "--resume: .*state.safetensors is missing, the run was stopped before"),
     "resume otherwise": ("--out run --resume --lr 0.5", "--resume with a changed option: --lr 0.5, the run in .*run has 0"),
     "resume longer": ("--out run --resume --steps 2", "--resume with a changed option: --steps 2, .*run has 1;"),
-    "resume other model": ("--out run --resume --model other", "--resume with a changed option: --model .*other"),
+    "resume other model": ("--out run --resume --model other", "--resume: the base model is not what .* began with"),
 }
 
 

@@ -196,7 +196,10 @@ def test_one_folder_belongs_to_one_run(start, tmp_path):
         with pytest.raises(UserError, match="another run is writing to this folder"), record.claimed(
                 TrainConfig(out=cfg.out, resume=True)):
             pass
-    start()  # the claim of a run that has ended, however it ended, means nothing
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()  # a killed run leaves the file, but no lock on it
+    start()
+    assert not (tmp_path / "run" / ".lock").exists()
     with pytest.raises(UserError, match="holds another run"):
         start()
 
