@@ -37,37 +37,40 @@ def claimed(cfg):
 
     The claim is a lock on `out`/.lock. The system takes it away when the process ends, however it ends.
     """
-    names = [cfg.out] if cfg.out else (f"runs/{Path(cfg.model).name}-{n}" for n in itertools.count(1))
-    for name in names:
-        out, lock = Path(name), FileLock(Path(name) / ".lock", mode=0o644)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            lock.acquire(blocking=False)
-            if cfg.resume or all(p.name == ".lock" for p in out.iterdir()):
-                break
-            let_go(out, lock)
-            taken = f"--out {out} exists and holds another run; choose another folder, or continue it with --resume"
-        except Timeout:
-            taken = f"--out {out}: another run is writing to this folder at this moment"
-        except FileExistsError:
-            taken = f"--out {out} exists and is a file; choose another folder"
-        except OSError as e:
-            raise UserError(f"--out {out} could not be written ({e.strerror})") from None
-        if cfg.out:
-            raise UserError(taken)
-    cfg.out = str(out)
+    out = Path(cfg.out) if cfg.out else None
     try:
+        out = out or next_folder(Path("runs", Path(cfg.model).name))
+        refuse_another_run(out, cfg.resume)
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock", mode=0o644)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"--out {out}: another run is writing to this folder at this moment") from None
+    except OSError as e:
+        raise UserError(f"--out {out} could not be written ({e.strerror})") from None
+    try:
+        refuse_another_run(out, cfg.resume)  # once more: it may have begun and ended since
+        cfg.out = str(out)
         yield out
     finally:
-        let_go(out, lock)
+        with contextlib.suppress(OSError):
+            (out / ".lock").unlink()
+            out.rmdir()  # works only if nothing was written
+        lock.release()
 
 
-def let_go(out: Path, lock: FileLock):
-    """Give the claim back, and remove the folder if nothing was written to it."""
-    with contextlib.suppress(OSError):
-        (out / ".lock").unlink()
-        out.rmdir()  # works only if it is empty
-    lock.release()
+def next_folder(base: Path) -> Path:
+    """Make the first of base-1, base-2, ... that does not exist."""
+    for n in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            folder = base.with_name(f"{base.name}-{n}")
+            folder.mkdir(parents=True)
+            return folder
+
+
+def refuse_another_run(out: Path, resume: bool):
+    if not resume and out.exists() and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
+        raise UserError(f"--out {out} exists and holds another run; choose another folder, or continue it with --resume")
 
 
 def announce(cfg, params: dict, train_set, val_set, out: Path):
