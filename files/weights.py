@@ -181,7 +181,7 @@ def load(name: str, bits: int = 32, device="cpu", compute_dtype: torch.dtype | N
                 else:
                     layer = (half.from_weight(linear, tensor, dtype) if bits == 16 or stored else
                              quant.quantize(linear, tensor, bits))
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{path}: tensor {key}: {e}") from None
             bias, layer.bias = layer.bias, None  # if it is read later, it is still on "meta", where .to(device) would fail
             setattr(model.get_submodule(owner), leaf, layer.to(device))
