@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import re
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ import llama
 import phi
 from errors import UserError
 from files import hub
-from files.hub import find, read_json, weight_files
+from files.hub import find, weight_files
+from files.json_files import check, check_file, parse_json, read_json, show
 from techniques import half, quant
 from techniques.device import device_of
 
@@ -36,6 +38,7 @@ from techniques.device import device_of
 #    only, and no other model file. It has two classes:
 #
 #    Config, a dataclass. The rest of the program reads its n_layer, n_embd, n_positions and tied_head.
+#    KEYS, the keys of config.json that the model depends on, and their types
 #      from_json(dict)     config.json -> Config. Raises ValueError for any option that the file does not implement
 #    The model, an nn.Module that is made from a Config.
 #      config, ckpt_every, ckpt_offload   set by __init__: the Config, 0 and False
@@ -59,8 +62,15 @@ from techniques.device import device_of
 # 3. Tests: a tiny config.json in tests/conftest.py; the file in MODELS of test_imports.py; logits against transformers in
 #    test_models.py (`build`, `reference` and the cases); each short name in KNOWN of test_hub.py; the message in
 #    test_weights.py that lists the families. `grep '"phi"' tests/*.py` finds the lists of families in the other tests.
-FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama),  # by config.json's model_type
-            "phi": (phi.Config, phi.Phi)}
+FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2, gpt2.KEYS), "llama": (llama.Config, llama.Llama, llama.KEYS),
+            "phi": (phi.Config, phi.Phi, phi.KEYS)}  # by config.json's model_type
+# Every family's config.json may have them. transformers 5 writes dtype, earlier versions torch_dtype.
+COMMON = {"dtype": str, "torch_dtype": str, "quantization_config": {
+    "quant_method": str, "load_in_8bit": bool, "bnb_4bit_quant_type": str, "bnb_4bit_quant_storage": str}}
+# Limits that stop a damaged config.json before a model is built from it. Llama 4 has 10,485,760 positions, Llama 3.1 405B
+# has 126 layers; a layer without storage is built in a millisecond.
+LARGEST, MOST_LAYERS = 2**24, 1024
+LIMITS = {int: (1, LARGEST), float: (1e-12, 1e12)}
 # Checkpoint entries that are not weights: masks and rotary frequencies that older files store.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 # The matrices that write into the residual stream: `from_scratch` makes them smaller.
@@ -85,10 +95,38 @@ def read_config(folder: Path):
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not supported (only {', '.join(FAMILIES)})")
     try:
-        return *config_from(raw), raw
+        config = config_class.from_json(c)
+    if config.norm_eps > 0.1:
+        raise UserError(f"{path}: the epsilon of the norms is {config.norm_eps}, and must be at most 0.1")
+    if config.n_layer > MOST_LAYERS or config.n_head * config.head_dim > LARGEST:
+        raise UserError(f"{path}: {config.n_layer:,} layers with {config.n_head:,} heads of {config.head_dim:,} numbers; "
+                        f"at most {MOST_LAYERS:,} layers, and {LARGEST:,} numbers in all heads of one")
+    return config, model_class
+
+
+def usable(raw: dict, keys: dict, path) -> dict:
+    """`raw` without its nulls, which stand for a default.
+
+    keys: {key: type}, or for an object the keys in it. Raises UserError for a value of another type or outside LIMITS.
+    """
+    raw = {k: v for k, v in raw.items() if v is not None}
+    for key in keys.keys() & raw.keys():
+        if isinstance(kind := keys[key], dict):
+            check(path, key, raw[key], dict)
+            raw[key] = usable(raw[key], kind, f"{path}: {key}")
+        else:
+            check(path, key, raw[key], kind, *LIMITS.get(kind, ()))
+    return raw
+
+
+def read_config(folder: Path):
+    """config.json -> (Config, model class, the raw dict). Raises UserError."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    return *config_from(raw, path), raw
     except KeyError as e:
         raise UserError(f"{path}: key {e} is missing") from None
-    except (ValueError, TypeError, ZeroDivisionError) as e:  # the last two: text for a number, 0 heads
+    except ValueError as e:
         raise UserError(f"{path}: {e}") from None
 
 
@@ -126,9 +164,9 @@ def without_storage(model_class, config, converts: bool = False) -> nn.Module:
 def stored_bits(folder: Path) -> int | None:
     """8 or 4 for a checkpoint that transformers wrote with bitsandbytes, None for a plain one. Else raises UserError."""
     path = Path(folder) / "config.json"
-    if not (q := read_json(path).get("quantization_config")):
+    if not (q := usable(read_json(path), COMMON, path).get("quantization_config")):
         return None
-    kind = str(q.get("quant_method", "bitsandbytes"))  # older files do not have this key
+    kind = q.get("quant_method", "bitsandbytes")  # older files do not have this key
     if kind == "bitsandbytes" and q.get("load_in_8bit"):
         return 8
     if kind == "bitsandbytes":
@@ -161,7 +199,7 @@ def load(name: str, bits: int = 32, device="cpu", compute_dtype: torch.dtype | N
     converts = bits < 32 and (compute_dtype or device_of(device).products) == torch.float32
     model = without_storage(model_class, config, converts)
     low_bit = low_bit_weights(model)
-    files = {key: path for path in weight_files(folder) for key in tensor_names(path)}
+    files = files_of_tensors(folder)
     head, head_weight, used = None, f"{model.head_name}.weight", set()
     for n, (path, key, shape) in places(model, folder, files, stored).items():
         tensor = read_tensor(path, key)
@@ -247,7 +285,7 @@ class StoredWeights:
             raise UserError(f"{self.folder} holds its weights in {stored} bit only, and this needs them in full precision; "
                             f"give the model that it was made from")
         self.model = without_storage(model_class, config)
-        files = {key: path for path in weight_files(self.folder) for key in tensor_names(path)}
+        files = files_of_tensors(self.folder)
         self.places = places(self.model, self.folder, files, None)
         head = self.model.head.weight
         self.head = next(n for n, p in self.model.named_parameters() if p is head)  # the embedding, if they are tied
@@ -276,10 +314,8 @@ def opened(path: Path):
     try:
         with safe_open(path, framework="pt") as f:
             yield f
-    except FileNotFoundError:
-        raise UserError(f"{path}: the file is missing") from None
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: not a whole safetensors file ({e}); download or copy it again") from None
+        raise UserError(f"{path}: not a whole safetensors file ({e!s:.200}); download or copy it again") from None
 
 
 def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor):
@@ -291,6 +327,9 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
     """A model with random float32 weights (GPT-2 paper, section 2.3). Only config.json of `name` is read.
 
     Matrices are drawn from N(0, 0.02). Those that write into the residual stream are divided by sqrt(2 n_layer), so that
+    if not path.exists():
+        raise UserError(f"{path}: the file is missing")
+    check_file(path)
     the sum of 2 n_layer such writes has the size of one. Norm weights are 1, biases 0.
     """
     config, model_class, _ = read_config(find(str(name)))
