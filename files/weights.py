@@ -11,6 +11,7 @@ hub.py finds the folder that belongs to a name.
 import contextlib
 import json
 import os
+import math
 import shutil
 import tempfile
 import re
@@ -30,7 +31,7 @@ from files import hub
 from files.hub import find, weight_files
 from files.json_files import check, check_file, parse_json, read_json, show
 from techniques import half, quant
-from techniques.device import device_of
+from techniques.device import device_of, type_name
 
 # Adding a model family
 #
@@ -205,7 +206,7 @@ def load(name: str, bits: int = 32, device="cpu", compute_dtype: torch.dtype | N
         tensor = read_tensor(path, key)
         is_codes = stored and n in low_bit and not tensor.is_floating_point()
         if not is_codes:
-            check_tensor(tensor, path, key, shape)
+            check_tensor(tensor, path, key, shape, dtype)
         if n == head_weight and config.tied_head:  # some files store the tied matrix twice; both must be equal
             head = tensor.to(device, dtype)
         elif is_codes or n in low_bit and (converts or bits < 16 and not stored):
@@ -265,7 +266,22 @@ def places(model: nn.Module, folder: Path, files: dict, stored: int | None) -> d
     return where
 
 
-def check_tensor(tensor: torch.Tensor, path: Path, key: str, shape: torch.Size):
+def check_tensor(tensor: torch.Tensor, path: Path, key: str, shape: torch.Size, dtype: torch.dtype = torch.float32):
+    check_finite(tensor, path, key, dtype)
+
+
+def check_finite(tensor: torch.Tensor, path: Path, key: str, dtype: torch.dtype = torch.float32):
+    """Raise UserError for NaN, infinity, and a number too large for `dtype`. SmolLM2's 134,515,008 weights: 0.02 s."""
+    if not tensor.numel():
+        return
+    low, high = (float(x) for x in (tensor.float() if tensor.itemsize == 1 else tensor).aminmax())  # (of 8 bit: no aminmax)
+    most = torch.finfo(dtype).max
+    if not (-most <= low and high <= most):  # NaN: no comparison is true
+        if math.isfinite(low + high):
+            raise UserError(f"{path}: tensor {key}: {max(-low, high):g} is too large for {type_name(dtype)}; use float32 "
+                            f"(--bits 32, --dtype float32)")
+        raise UserError(f"{path}: tensor {key}: a weight is not finite (NaN or infinity); the file is damaged")
+    """Raise UserError unless a weight has this shape, and `dtype` can hold its numbers."""
     if tensor.shape != shape:
         raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
     if not tensor.is_floating_point():
@@ -336,7 +352,10 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
     model = without_storage(model_class, config)
     rng = torch.Generator().manual_seed(seed)
     for n, p in list(model.named_parameters()):
-        t = torch.zeros(p.shape)
+        try:
+            t = torch.zeros(p.shape)
+        except RuntimeError:
+            raise UserError(f"{name}: the weights do not fit into memory ({n} has the shape {list(p.shape)})") from None
         if p.dim() == 2:
             is_write = n.endswith(WRITES)
             t.normal_(0.0, 0.02 / ((2 * config.n_layer) ** 0.5 if is_write else 1), generator=rng)
