@@ -9,12 +9,12 @@ hub.py finds the folder that belongs to a name.
   load_state_dict would need 27 + 13.5 GB.
 """
 import contextlib
+import glob
 import json
-import os
 import math
-import shutil
-import tempfile
+import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -36,10 +36,10 @@ from techniques.device import device_of, type_name
 # Adding a model family
 #
 # 1. Write one file at the root, from token ids to logits. Start with a copy of llama.py. The file imports from techniques/
-#    only, and no other model file. It has two classes:
+#    only, and no other model file. It has two classes and a table:
 #
-#    Config, a dataclass. The rest of the program reads its n_layer, n_embd, n_positions and tied_head.
 #    KEYS, the keys of config.json that the model depends on, and their types
+#    Config, a dataclass. The rest of the program reads its n_layer, n_embd, n_positions and tied_head.
 #      from_json(dict)     config.json -> Config. Raises ValueError for any option that the file does not implement
 #    The model, an nn.Module that is made from a Config.
 #      config, ckpt_every, ckpt_offload   set by __init__: the Config, 0 and False
@@ -82,21 +82,20 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 
 # ---------------------------------------------------------------------------------------------- folder -> model
 
-def config_from(raw: dict):
-    """config.json's dict -> (Config, model class). Raises ValueError, KeyError or TypeError."""
-    config_class, model_class = FAMILIES[raw["model_type"]]
-    return config_class.from_json({k: v for k, v in raw.items() if k != "quantization_config"}), model_class
-
-
-def read_config(folder: Path):
-    """config.json -> (Config, model class, the raw dict)."""
-    path = Path(folder) / "config.json"
-    raw = read_json(path)
+def config_from(raw: dict, path="config.json"):
+    """config.json's dict -> (Config, model class). Raises UserError, which names `path`."""
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{path}: model_type {kind!r} is not supported (only {', '.join(FAMILIES)})")
+        raise UserError(f"{path}: model_type {show(kind)} is not supported (only {', '.join(FAMILIES)})")
+    config_class, model_class, keys = FAMILIES[kind]
+    c = usable(raw, {**COMMON, **keys}, path)
+    c.pop("quantization_config", None)
     try:
         config = config_class.from_json(c)
+    except KeyError as e:
+        raise UserError(f"{path}: key {e} is missing") from None
+    except ValueError as e:
+        raise UserError(f"{path}: {e}") from None
     if config.norm_eps > 0.1:
         raise UserError(f"{path}: the epsilon of the norms is {config.norm_eps}, and must be at most 0.1")
     if config.n_layer > MOST_LAYERS or config.n_head * config.head_dim > LARGEST:
@@ -125,10 +124,6 @@ def read_config(folder: Path):
     path = Path(folder) / "config.json"
     raw = read_json(path)
     return *config_from(raw, path), raw
-    except KeyError as e:
-        raise UserError(f"{path}: key {e} is missing") from None
-    except ValueError as e:
-        raise UserError(f"{path}: {e}") from None
 
 
 def config_of(name: str):
@@ -267,6 +262,11 @@ def places(model: nn.Module, folder: Path, files: dict, stored: int | None) -> d
 
 
 def check_tensor(tensor: torch.Tensor, path: Path, key: str, shape: torch.Size, dtype: torch.dtype = torch.float32):
+    """Raise UserError unless a weight has this shape, and `dtype` can hold its numbers."""
+    if tensor.shape != shape:
+        raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+    if not tensor.is_floating_point():
+        raise UserError(f"{path}: tensor {key} holds {tensor.dtype}, and config.json does not say how it is quantised")
     check_finite(tensor, path, key, dtype)
 
 
@@ -281,11 +281,6 @@ def check_finite(tensor: torch.Tensor, path: Path, key: str, dtype: torch.dtype 
             raise UserError(f"{path}: tensor {key}: {max(-low, high):g} is too large for {type_name(dtype)}; use float32 "
                             f"(--bits 32, --dtype float32)")
         raise UserError(f"{path}: tensor {key}: a weight is not finite (NaN or infinity); the file is damaged")
-    """Raise UserError unless a weight has this shape, and `dtype` can hold its numbers."""
-    if tensor.shape != shape:
-        raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-    if not tensor.is_floating_point():
-        raise UserError(f"{path}: tensor {key} holds {tensor.dtype}, and config.json does not say how it is quantised")
 
 
 class StoredWeights:
@@ -314,9 +309,16 @@ class StoredWeights:
         return tensor.float()
 
 
-def tensor_names(path: Path) -> list[str]:
-    with opened(path) as f:
-        return list(f.keys())
+def files_of_tensors(folder: Path) -> dict[str, Path]:
+    """The tensors of a model: name in the file -> file. Raises UserError if two files have one name."""
+    files = {}
+    for path in weight_files(folder):
+        with opened(path) as f:
+            for key in f.keys():  # noqa: SIM118 (no dict)
+                if key in files:
+                    raise UserError(f"{path}: tensor {key} is in {files[key].name} too")
+                files[key] = path
+    return files
 
 
 def read_tensor(path: Path, key: str) -> torch.Tensor:
@@ -327,6 +329,9 @@ def read_tensor(path: Path, key: str) -> torch.Tensor:
 
 @contextlib.contextmanager
 def opened(path: Path):
+    if not path.exists():
+        raise UserError(f"{path}: the file is missing")
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as f:
             yield f
@@ -343,9 +348,6 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
     """A model with random float32 weights (GPT-2 paper, section 2.3). Only config.json of `name` is read.
 
     Matrices are drawn from N(0, 0.02). Those that write into the residual stream are divided by sqrt(2 n_layer), so that
-    if not path.exists():
-        raise UserError(f"{path}: the file is missing")
-    check_file(path)
     the sum of 2 n_layer such writes has the size of one. Norm weights are 1, biases 0.
     """
     config, model_class, _ = read_config(find(str(name)))
@@ -376,10 +378,14 @@ def atomic(path):
     So `path` is always a whole file, even if the run is killed or the disk is full. Raises UserError if writing fails.
     """
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    tmp = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.unlink(missing_ok=True)  # left by a killed process that had our number
+        tmp.touch()
+        mode = tmp.stat().st_mode  # as the umask says. safetensors would replace this file by one that only its owner reads
         yield tmp
+        tmp.chmod(mode)
         os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: could not be written ({e}); what was there before is untouched") from None
@@ -388,14 +394,61 @@ def atomic(path):
             tmp.unlink()
 
 
+def temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp{os.getpid()}")
+
+
+def remove_leftovers(folder, name: str | None = None):
+    """Remove the temporary files and folders that killed processes have left anywhere below `folder`.
+
+    name: only those of this file or folder, directly in `folder`. A process that runs on another machine, over a shared
+    disk, is not seen: what it is writing would be removed, and it would stop with an error.
+    """
+    folder = Path(folder)
+    for path in list(folder.rglob(".*.tmp*") if name is None else folder.glob(f".{glob.escape(name)}.tmp*")):
+        pid = re.fullmatch(r"\..+\.tmp(\d{1,9})", path.name)
+        if pid and (int(pid[1]) == os.getpid() or not is_running(int(pid[1]))):  # (an earlier process had our number)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def is_running(pid: int) -> bool:
+    if os.name != "posix":  # on Windows, os.kill would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # it belongs to someone else; it is no process id
+        pass
+    return True
+
+
 def write_text(path, text: str):
     with atomic(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
 
 
-def write_tensors(path, tensors: dict, metadata: dict | None = None):
+def write_tensors(path, tensors: dict, metadata: dict[str, str] | None = None):
+    """metadata: what `read_metadata` returns. Without it, the file says {"format": "pt"}, which transformers asks for.
+
+    safetensors writes the keys of its metadata in a random order. With one key, equal tensors make equal files.
+    """
+    about = {"bytewise": json.dumps(metadata, sort_keys=True)} if metadata else {"format": "pt"}
     with atomic(path) as tmp:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, {"format": "pt", **(metadata or {})})
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, about)
+
+
+def read_metadata(f, path) -> dict[str, str]:
+    """The metadata of a file that is `opened`. Files of earlier versions have a key for each entry. Raises UserError."""
+    raw = f.metadata() or {}
+    metadata = parse_json(raw.get("bytewise", "{}"), f"{path}: its metadata")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{path}: its metadata is not an object of texts")
+    return {**raw, **metadata}
 
 
 def checkpoint_name(model: nn.Module, name: str) -> str:
@@ -438,8 +491,9 @@ def new_folder(path):
         raise UserError(f"{path} exists and is not empty; choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=path.parent))
-        tmp.chmod(0o755)
+        remove_leftovers(path.parent, path.name)
+        tmp = temporary(path)
+        tmp.mkdir()  # with the mode that the umask says
     except OSError as e:
         raise UserError(f"{path}: cannot be created ({e.strerror})") from None
     try:

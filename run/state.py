@@ -74,7 +74,7 @@ class Run:
 
     def load(self):
         with weights.opened(state_file(self.out)) as f:
-            numbers, names = json.loads(f.metadata()["numbers"]), set(f.keys())
+            numbers, names = json.loads(weights.read_metadata(f, state_file(self.out))["numbers"]), set(f.keys())
             with torch.no_grad():
                 for n, p in self.trained.items():
                     self.model.get_parameter(n).copy_(p.copy_(f.get_tensor(f"param/{n}")))
@@ -108,7 +108,7 @@ def steps_done(cfg: TrainConfig) -> int:
     if not cfg.resume:
         return 0
     with weights.opened(state_file(cfg.out)) as f:
-        return json.loads(f.metadata()["numbers"])["step"]
+        return json.loads(weights.read_metadata(f, state_file(cfg.out))["numbers"])["step"]
 
 
 def options_of_run(cfg: TrainConfig) -> TrainConfig:
