@@ -82,7 +82,11 @@ def stream(model, ids: list[int], max_new_tokens: int = 64, temperature: float =
         x = torch.tensor([ids], device=device)
         for _ in range(min(max_new_tokens, limit - len(ids))):
             last = model.hidden(x, cache=cache)[:, -1]  # the head's V * C products for the last position only
-            token = choose(model.head(last)[0], temperature, top_p, rng)
+            logits = model.head(last)[0]
+            if not torch.isfinite(logits).all():  # any token would be drawn from nothing
+                raise UserError("the logits are not finite (NaN or infinity): the model or its adapter is damaged, or its "
+                                "numbers are too large; try --bits 32")
+            token = choose(logits, temperature, top_p, rng)
             yield token
             if token in stop_ids:
                 return

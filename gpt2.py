@@ -30,6 +30,9 @@ from techniques.recompute import recompute
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # config.json -> F.gelu(approximate=)
 
+# Keys of config.json that the model depends on. The loader checks them: an int is a size, a float is above 0.
+KEYS = {"vocab_size": int, "n_positions": int, "n_layer": int, "n_head": int, "n_embd": int, "n_inner": int,
+        "layer_norm_epsilon": float, "activation_function": str, "scale_attn_weights": bool, "tie_word_embeddings": bool}
 # Keys of config.json that change nothing in what the model computes, in use or in fine-tuning.
 HARMLESS = set("""architectures model_type transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
     attn_pdrop embd_pdrop resid_pdrop initializer_range n_ctx use_cache return_dict id2label label2id
@@ -66,7 +69,7 @@ class Config:
             raise ValueError("scale_attn_weights: false is not implemented")
         for key, value in c.items():  # an option that is null, false or empty is switched off
             if value:
-                raise ValueError(f"option {key!r}: {value!r} is not implemented by gpt2.py")
+                raise ValueError(f"option {key!r:.99}: {value!r:.99} is not implemented by gpt2.py")
         return d
 
 

@@ -25,6 +25,13 @@ from torch.nn import functional as F
 from techniques.attention import attend
 from techniques.recompute import recompute
 
+# Keys of config.json that the model depends on. The loader checks them: an int is a size, a float is above 0.
+ROPE = {"rope_type": str, "type": str, "rope_theta": float, "factor": float, "low_freq_factor": float,
+        "high_freq_factor": float, "original_max_position_embeddings": float}
+KEYS = {"vocab_size": int, "max_position_embeddings": int, "num_hidden_layers": int, "num_attention_heads": int,
+        "num_key_value_heads": int, "head_dim": int, "hidden_size": int, "intermediate_size": int, "rms_norm_eps": float,
+        "rope_theta": float, "rope_scaling": ROPE, "rope_parameters": ROPE, "hidden_act": str, "attention_bias": bool,
+        "mlp_bias": bool, "tie_word_embeddings": bool}
 # Keys of config.json that change nothing in what the model computes, in use or in fine-tuning.
 HARMLESS = set("""architectures model_type transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
     unk_token_id initializer_range attention_dropout use_cache return_dict id2label label2id chunk_size_feed_forward
@@ -64,11 +71,13 @@ class Config:
                 mlp_bias=c.pop("mlp_bias", False), tied_head=c.pop("tie_word_embeddings", False))
         if d.n_head % d.n_kv_head:
             raise ValueError(f"num_attention_heads {n_head} is not divisible by num_key_value_heads {d.n_kv_head}")
+        if d.head_dim % 2 or not d.head_dim:
+            raise ValueError(f"a head has {d.head_dim} numbers; rotary positions turn pairs, so it must be an even number")
         if (act := c.pop("hidden_act", "silu")) != "silu":
             raise ValueError(f"hidden_act {act!r} is not implemented (only silu)")
         for key, value in c.items():  # an option that is null, false or empty is switched off
             if value:
-                raise ValueError(f"option {key!r}: {value!r} is not implemented by llama.py")
+                raise ValueError(f"option {key!r:.99}: {value!r:.99} is not implemented by llama.py")
         return d
 
 
@@ -83,8 +92,10 @@ def read_rope_scaling(rope: dict) -> dict | None:
         raise ValueError(f"rope_scaling of type {kind!r} is not implemented (only linear and llama3)")
     if missing := keys[kind] - rope.keys():
         raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(sorted(missing))}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError("rope_scaling: low_freq_factor must be below high_freq_factor")
     if extra := {k: v for k, v in rope.items() if k not in keys[kind] and v}:
-        raise ValueError(f"rope_scaling option {extra} is not implemented for type {kind!r}")
+        raise ValueError(f"rope_scaling option {extra!r:.99} is not implemented for type {kind!r}")
     return None if kind == "default" else {"rope_type": kind, **rope}
 
 

@@ -126,11 +126,13 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
     ["c_attn.q"] is one part of a fused matrix, "all" every linear layer of the blocks, None the layers of q and v.
     init: "default", "loftq" or "pissa" (techniques/lora_init.py). The last two need the weights as the checkpoint stores
     them: stored(name) -> float32, for example files.weights.StoredWeights(model.source).read.
-    Raises UserError for r < 1, dropout outside [0, 1), a model that already has adapters, a target that matches nothing,
-    or an init that is not possible.
+    Raises UserError for r < 1, alpha <= 0, dropout outside [0, 1), a model that already has adapters, a target that matches
+    nothing, or an init that is not possible.
     """
     if r < 1:
         raise UserError(f"--lora-r {r}: the rank must be at least 1 (or train every weight with --full)")
+    if not 0 < alpha < math.inf:  # with 0, the adapter would add nothing and learn nothing
+        raise UserError(f"--lora-alpha {alpha}: must be above 0")
     if not 0 <= dropout < 1:
         raise UserError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
     refuse_adapters(model)

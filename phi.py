@@ -31,6 +31,12 @@ from torch.nn import functional as F
 from techniques.attention import attend
 from techniques.recompute import recompute
 
+# Keys of config.json that the model depends on. The loader checks them: an int is a size, a float is above 0.
+ROPE = {"rope_type": str, "type": str, "rope_theta": float, "partial_rotary_factor": float}
+KEYS = {"vocab_size": int, "max_position_embeddings": int, "num_hidden_layers": int, "num_attention_heads": int,
+        "num_key_value_heads": int, "head_dim": int, "hidden_size": int, "intermediate_size": int, "layer_norm_eps": float,
+        "rope_theta": float, "partial_rotary_factor": float, "rope_scaling": ROPE, "rope_parameters": ROPE,
+        "hidden_act": str, "tie_word_embeddings": bool}
 # Keys of config.json that change nothing in what the model computes, in use or in fine-tuning.
 HARMLESS = set("""architectures auto_map model_type transformers_version torch_dtype dtype bos_token_id eos_token_id
     pad_token_id initializer_range attention_dropout embd_pdrop resid_pdrop use_cache return_dict id2label label2id
@@ -80,7 +86,7 @@ class Config:
         rope.pop("type", None)  # the oldest spelling of rope_type
         for key, value in {**rope, **c}.items():  # an option that is null, false or empty is switched off
             if value:
-                raise ValueError(f"option {key!r}: {value!r} is not implemented by phi.py")
+                raise ValueError(f"option {key!r:.99}: {value!r:.99} is not implemented by phi.py")
         return d
 
 

@@ -44,8 +44,7 @@ def of_weights(folder: Path) -> str:
     object {tensor: {"dtype", "shape", "data_offsets": [begin, end]}}; the tensors' bytes, to which the offsets refer."""
     digest = hashlib.sha256(of_file(folder / "config.json").encode())
     for path in hub.weight_files(folder):
-        weights.tensor_names(path)  # raises UserError if this is no whole safetensors file
-        with open(path, "rb") as f:
+        with weights.opened(path), open(path, "rb") as f:  # opened: UserError if this is no whole safetensors file
             size = int.from_bytes(f.read(8), "little")
             header = f.read(size)
             digest.update(header)

@@ -17,10 +17,10 @@ The config.json of a published model does not change. So this file holds the imp
 part alone tells how many parameters and bytes LLaMA-7B has, without a network and without a download of 13.5 GB.
 """
 import contextlib
-import json
 from pathlib import Path
 
 from errors import UserError
+from files.json_files import read_json, show
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -89,9 +89,10 @@ def find(name: str) -> Path:
 
 
 def local_folder(name: str) -> Path | None:
-    if Path(name).name == name and (ASSETS / name / "config.json").is_file():  # (./gpt2-nano is the user's own folder)
-        return ASSETS / name
-    return Path(name) if Path(name).is_dir() else None
+    with contextlib.suppress(OSError):  # a name that is too long for a file
+        if Path(name).name == name and (ASSETS / name / "config.json").is_file():  # (./gpt2-nano is the user's own folder)
+            return ASSETS / name
+        return Path(name) if Path(name).is_dir() else None
 
 
 def repository(name: str) -> str:
@@ -142,18 +143,6 @@ def from_hub(name: str, repo: str) -> Path:
 
 # ---------------------------------------------------------------------------------------------- the files of a folder
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model. Raises UserError if there are none.
 
@@ -161,12 +150,15 @@ def weight_files(folder: Path) -> list[Path]:
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.exists():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) for f in shards.values()):
             raise UserError(f"{index}: no weight_map from tensor names to files in it")
-        return [folder / f for f in sorted(set(shards.values()))]
-    if (folder / "model.safetensors").is_file():
+        for f in (files := sorted(set(shards.values()))):
+            if Path(f).name != f or not f.endswith(".safetensors") or not f.isprintable():
+                raise UserError(f"{index}: {show(f)} is no name of a safetensors file in this folder")
+        return [folder / f for f in files]
+    if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     no_pickle = ("pickle weights are not loaded, since a pickle can run any code. Convert: transformers' "
                  "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors")

@@ -88,7 +88,9 @@ def write(merge: Merge, folder: Path, dtype: str) -> int:
         file = "model.safetensors" if len(groups) == 1 else f"model-{i + 1:05}-of-{len(groups):05}.safetensors"
         tensors = {}
         for n in names:
-            tensors[weights.checkpoint_name(merge.model, n)] = merge.merged(n).to(kind)
+            key, W = weights.checkpoint_name(merge.model, n), merge.merged(n)
+            weights.check_finite(W, merge.stored.folder, key, kind)
+            tensors[key] = W.to(kind)
             bar.update()
         where |= dict.fromkeys(tensors, file)
         weights.write_tensors(folder / file, tensors)

@@ -17,7 +17,8 @@ adapter works only on its quantised base.
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from torch import nn
 import lora
 from errors import UserError
 from files import weights
+from files.json_files import check, checked, parse_json, read_json, show
 from techniques import lora_init
 
 
@@ -79,17 +81,94 @@ def save(model: nn.Module, folder):
     weights.write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
+RANK, SCALE = {"least": 1, "most": weights.LARGEST}, {"least": 1e-12, "most": 1e12}
+
+
+@dataclass
+class AdapterConfig:
+    """What the program reads in adapter_config.json. PEFT writes every key; the defaults are its own."""
+
+    peft_type: str
+    r: int = field(metadata=RANK)
+    lora_alpha: float = field(metadata=SCALE)
+    lora_dropout: float = field(default=0.0, metadata={"least": 0, "most": 0.999})
+    use_rslora: bool = False
+    bias: str = "none"
+    rank_pattern: dict = field(default_factory=dict)
+    alpha_pattern: dict = field(default_factory=dict)
+    target_modules: list | str | None = None  # text: a regular expression, or "all-linear"
+    layers_to_transform: list | int | None = None
+    init_lora_weights: bool | str = True
+
+
+# PEFT's ways to start an adapter that leave the base as it is. The others change it, and their adapter fits no other base.
+HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 # adapter_config.json options that change the arithmetic and are not implemented: refused unless switched off.
 UNSUPPORTED = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication",
                "use_qalora", "alora_invocation_tokens", "target_parameters")
 
 
-def rank_and_alpha(config: dict, name: str) -> tuple[int, float]:
-    """The (rank, alpha) of layer `name`: adapter_config.json's r and lora_alpha, unless its patterns name the layer."""
-    def lookup(key, patterns):
-        matching = [v for p, v in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({p})$", name)]
-        return matching[0] if matching else config.get(key, 8)  # PEFT's default for both is 8
-    return lookup("r", "rank_pattern"), lookup("lora_alpha", "alpha_pattern")
+def read_adapter_config(path: Path) -> AdapterConfig:
+    raw = {k: v for k, v in read_json(path).items() if v is not None}
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type {show(raw.get('peft_type'))} is not LORA")
+    for key in UNSUPPORTED:
+        if raw.get(key):
+            raise UserError(f"{path}: option {key}: {show(raw[key])} is not implemented")
+    config = checked(AdapterConfig, {f.name: raw[f.name] for f in fields(AdapterConfig) if f.name in raw}, path)
+    if config.bias != "none":
+        raise UserError(f"{path}: bias {show(config.bias)} is not implemented (only none)")
+    if config.init_lora_weights not in HARMLESS_STARTS:
+        raise UserError(f"{path}: init_lora_weights {show(config.init_lora_weights)} changes the base weights, which is not "
+                        f"implemented; save the adapter with PEFT's path_initial_model_for_weight_conversion")
+    for name in config.target_modules if isinstance(config.target_modules, list) else ():
+        check(path, "a name in target_modules", name, str)
+    return config
+
+
+def by_layer(patterns: dict, layers: list[str], path: Path, key: str, kind: type, limits: dict) -> dict:
+    """rank_pattern or alpha_pattern -> {layer: value}. As in PEFT, the first pattern that matches a layer counts.
+
+    A pattern is the end of a layer's name ("q_proj", "layers.0.q_proj"), or after "^" its whole name; "(q|v)_proj" stands
+    for two names. PEFT takes any regular expression. Some of them run for years, so others are refused. Raises UserError.
+    """
+    if len(patterns) > len(layers):
+        raise UserError(f"{path}: {key} has {len(patterns):,} patterns, and the model {len(layers):,} layers")
+    ends: dict[str, set] = {}  # the end of a name, or ^ and the whole name -> the layers
+    for layer in layers:
+        parts = layer.split(".")
+        for end in (f"^{layer}", *(".".join(parts[i:]) for i in range(len(parts)))):
+            ends.setdefault(end, set()).add(layer)
+    values = {}
+    for pattern, value in patterns.items():
+        check(path, f"{key} of {show(pattern)}", value, kind, **limits)
+        pieces = re.split(r"\(([^()]*)\)", pattern.removesuffix("$").replace("\\.", "."))  # at odd places: q|v
+        choices = [s.split("|") if i % 2 or len(pieces) == 1 else [s] for i, s in enumerate(pieces)]
+        if math.prod(map(len, choices)) > 1000 or not all(re.fullmatch(r"[\w.-]*", s.removeprefix("^" * (i == 0)))
+                                                          for i, names in enumerate(choices) for s in names):
+            raise UserError(f"{path}: {key}: pattern {show(pattern)} is not implemented (only names, and (a|b) in a name)")
+        named = {layer for name in product(*choices) for layer in ends.get("".join(name), ())}
+        if not named:
+            raise UserError(f"{path}: {key}: {show(pattern)} names no layer of this model")
+        values = {**dict.fromkeys(named, value), **values}
+    return values
+
+
+def read_about(f, path: Path) -> tuple[dict, str, int | None]:
+    """From an opened file's metadata: the parts of each fused matrix, how the adapter started, the bits of its base or None.
+
+    Raises UserError.
+    """
+    metadata = weights.read_metadata(f, path)
+    init, bits = metadata.get("init", "default"), metadata.get("bits")
+    if init not in STARTS:
+        raise UserError(f"{path}: its adapters started in a way that is not known here ({show(init)})")
+    if bits not in (None, "32", "16", "8", "4"):
+        raise UserError(f"{path}: its metadata says that the base has {show(bits)} bits; only 32, 16, 8 and 4 are possible")
+    parts = parse_json(metadata.get("parts", "{}"), f"{path}: the parts in its metadata")
+    if not isinstance(parts, dict) or not all(isinstance(p, list) for p in parts.values()):
+        raise UserError(f"{path}: the parts in its metadata are not lists of names")
+    return parts, init, bits and int(bits)
 
 
 def trained_with(folder) -> tuple[str, int | None]:
@@ -98,8 +177,7 @@ def trained_with(folder) -> tuple[str, int | None]:
     if not path.is_file():  # load() says what is missing
         return "default", None
     with weights.opened(path) as f:
-        metadata = f.metadata() or {}
-    return metadata.get("init", "default"), int(metadata["bits"]) if "bits" in metadata else None
+        return read_about(f, path)[1:]
 
 
 def load(model: nn.Module, folder):
@@ -135,38 +213,37 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
     The model may be without storage. device: where the adapters go (default: to their layers). Raises UserError.
     """
     folder = Path(folder)
-    config, path = weights.read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: peft_type {config.get('peft_type')!r} is not LORA")
-    for key in UNSUPPORTED:
-        if config.get(key):
-            raise UserError(f"{folder / 'adapter_config.json'}: option {key}: {config[key]!r} is not implemented")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{folder / 'adapter_config.json'}: bias {config['bias']!r} is not implemented (only none)")
+    config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config = read_adapter_config(config_path)
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickle weights are not loaded; save the adapter as safetensors")
     linears = {n: m for n, m in model.named_modules() if lora.is_linear(m)}
-    factors, metadata = read_factors(model, path, linears)
-    all_parts, init = json.loads(metadata.get("parts", "{}")), metadata.get("init", "default")
-    if init not in STARTS:
-        raise UserError(f"{path}: its adapters started in a way that is not known here ({init!r})")
+    factors, (all_parts, init, _) = read_factors(model, path, linears)
     rule = STARTS[init]
-    starts = read_factors(model, folder / "start.safetensors", linears)[0] if rule.start_file else {}
-    targets = config.get("target_modules")
-    for name in linears if isinstance(targets, list) and not config.get("layers_to_transform") else ():
+    start_path = folder / "start.safetensors"
+    starts = read_factors(model, start_path, linears)[0] if rule.start_file else {}
+    for name, (a, b) in starts.items():
+        if name not in factors or (a.shape, b.shape) != tuple(t.shape for t in factors[name]):
+            raise UserError(f"{start_path}: layer {name} does not fit the adapter in {path.name}")
+    targets = config.target_modules if isinstance(config.target_modules, list) and not config.layers_to_transform else []
+    for name in linears:
         if name not in factors and any(name == t or name.endswith("." + t) for t in targets):
             raise UserError(f"{path}: layer {name} has no adapter, though adapter_config.json's target_modules names it")
+    names = {n: weights.checkpoint_name(model, n) for n in linears}
+    ranks = by_layer(config.rank_pattern, list(names.values()), config_path, "rank_pattern", int, RANK)
+    alphas = by_layer(config.alpha_pattern, list(names.values()), config_path, "alpha_pattern", float, SCALE)
     modules = {}
     for name, (a, b) in factors.items():
         base, parts = linears[name], tuple(all_parts.get(name, ())) or None
-        rank, alpha = rank_and_alpha(config, weights.checkpoint_name(model, name))
+        if parts and parts != tuple(p for p in getattr(base, "parts", ()) if p in parts):
+            raise UserError(f"{path}: layer {name} has no such parts: {show(parts)}")
+        rank, alpha = ranks.get(names[name], config.r), alphas.get(names[name], config.lora_alpha)
         n = (len(parts) if parts else 1) * (2 if rule.joined else 1)
         if len(a) != rank or rank % n:
             raise UserError(f"{path}: layer {name} has rank {len(a)}, adapter_config.json says {rank}"
                             + (f"; it must be a multiple of {n}" if n > 1 else ""))
-        rslora = config.get("use_rslora", False)
-        alpha /= math.sqrt(n) if rslora else n  # the saved alpha is for the whole rank
-        m = lora.LoRALinear(base, rank // n, alpha, config.get("lora_dropout", 0.0), rslora, parts, device)
+        alpha /= math.sqrt(n) if config.use_rslora else n  # the saved alpha is for the whole rank
+        m = lora.LoRALinear(base, rank // n, alpha, config.lora_dropout, config.use_rslora, parts, device)
         if rule.joined:
             (a, a0), (b, b0) = a.chunk(2), b.chunk(2, 1)
             m.keep_start(a0, -b0)
@@ -182,17 +259,22 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
     return modules
 
 
-def read_factors(model: nn.Module, path: Path, linears: dict) -> tuple[dict, dict]:
-    """A file of adapters -> {layer name: (A (R, in), B (out, R))} in float32, and the file's metadata."""
+def read_factors(model: nn.Module, path: Path, linears: dict) -> tuple[dict, tuple]:
+    """A file of adapters -> {layer name: (A (R, in), B (out, R))} in float32, and what `read_about` finds in the file."""
     with weights.opened(path) as f:
-        tensors, metadata = {k: f.get_tensor(k).float() for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (no dict)
+        tensors, about = {k: f.get_tensor(k) for k in f.keys()}, read_about(f, path)  # noqa: SIM118 (no dict)
     places = {f"base_model.model.{weights.checkpoint_name(model, n)}": n for n in linears}
     factors: dict[str, dict] = {}
     for key, tensor in tensors.items():
         layer, _, kind = key.removesuffix(".weight").rpartition(".")
         if kind not in ("lora_A", "lora_B") or layer not in places:
             raise UserError(f"{path}: tensor {key} has no place in this model")
-        factors.setdefault(places[layer], {})[kind] = tensor
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; an adapter's numbers are not integers")
+        weights.check_finite(tensor, path, key)
+        if kind in factors.setdefault(places[layer], {}):
+            raise UserError(f"{path}: tensor {key} is there twice, with and without .weight")
+        factors[places[layer]][kind] = tensor.float()
     if not factors:
         raise UserError(f"{path}: the adapter is empty")
     for name, ab in factors.items():
@@ -204,4 +286,4 @@ def read_factors(model: nn.Module, path: Path, linears: dict) -> tuple[dict, dic
             raise UserError(f"{path}: layer {name} is ({base.out_features}, {base.in_features}), "
                             f"its adapter B {list(b.shape)}, A {list(a.shape)}")
         factors[name] = a, b
-    return factors, metadata
+    return factors, about

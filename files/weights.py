@@ -9,10 +9,12 @@ hub.py finds the folder that belongs to a name.
   load_state_dict would need 27 + 13.5 GB.
 """
 import contextlib
+import glob
 import json
+import math
 import os
+import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -26,15 +28,17 @@ import llama
 import phi
 from errors import UserError
 from files import hub
-from files.hub import find, read_json, weight_files
+from files.hub import find, weight_files
+from files.json_files import check, check_file, parse_json, read_json, show
 from techniques import half, quant
-from techniques.device import device_of
+from techniques.device import device_of, type_name
 
 # Adding a model family
 #
 # 1. Write one file at the root, from token ids to logits. Start with a copy of llama.py. The file imports from techniques/
-#    only, and no other model file. It has two classes:
+#    only, and no other model file. It has two classes and a table:
 #
+#    KEYS, the keys of config.json that the model depends on, and their types
 #    Config, a dataclass. The rest of the program reads its n_layer, n_embd, n_positions and tied_head.
 #      from_json(dict)     config.json -> Config. Raises ValueError for any option that the file does not implement
 #    The model, an nn.Module that is made from a Config.
@@ -59,8 +63,15 @@ from techniques.device import device_of
 # 3. Tests: a tiny config.json in tests/conftest.py; the file in MODELS of test_imports.py; logits against transformers in
 #    test_models.py (`build`, `reference` and the cases); each short name in KNOWN of test_hub.py; the message in
 #    test_weights.py that lists the families. `grep '"phi"' tests/*.py` finds the lists of families in the other tests.
-FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2), "llama": (llama.Config, llama.Llama),  # by config.json's model_type
-            "phi": (phi.Config, phi.Phi)}
+FAMILIES = {"gpt2": (gpt2.Config, gpt2.GPT2, gpt2.KEYS), "llama": (llama.Config, llama.Llama, llama.KEYS),
+            "phi": (phi.Config, phi.Phi, phi.KEYS)}  # by config.json's model_type
+# Every family's config.json may have them. transformers 5 writes dtype, earlier versions torch_dtype.
+COMMON = {"dtype": str, "torch_dtype": str, "quantization_config": {
+    "quant_method": str, "load_in_8bit": bool, "bnb_4bit_quant_type": str, "bnb_4bit_quant_storage": str}}
+# Limits that stop a damaged config.json before a model is built from it. Llama 4 has 10,485,760 positions, Llama 3.1 405B
+# has 126 layers; a layer without storage is built in a millisecond.
+LARGEST, MOST_LAYERS = 2**24, 1024
+LIMITS = {int: (1, LARGEST), float: (1e-12, 1e12)}
 # Checkpoint entries that are not weights: masks and rotary frequencies that older files store.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 # The matrices that write into the residual stream: `from_scratch` makes them smaller.
@@ -71,25 +82,48 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 
 # ---------------------------------------------------------------------------------------------- folder -> model
 
-def config_from(raw: dict):
-    """config.json's dict -> (Config, model class). Raises ValueError, KeyError or TypeError."""
-    config_class, model_class = FAMILIES[raw["model_type"]]
-    return config_class.from_json({k: v for k, v in raw.items() if k != "quantization_config"}), model_class
+def config_from(raw: dict, path="config.json"):
+    """config.json's dict -> (Config, model class). Raises UserError, which names `path`."""
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"{path}: model_type {show(kind)} is not supported (only {', '.join(FAMILIES)})")
+    config_class, model_class, keys = FAMILIES[kind]
+    c = usable(raw, {**COMMON, **keys}, path)
+    c.pop("quantization_config", None)
+    try:
+        config = config_class.from_json(c)
+    except KeyError as e:
+        raise UserError(f"{path}: key {e} is missing") from None
+    except ValueError as e:
+        raise UserError(f"{path}: {e}") from None
+    if config.norm_eps > 0.1:
+        raise UserError(f"{path}: the epsilon of the norms is {config.norm_eps}, and must be at most 0.1")
+    if config.n_layer > MOST_LAYERS or config.n_head * config.head_dim > LARGEST:
+        raise UserError(f"{path}: {config.n_layer:,} layers with {config.n_head:,} heads of {config.head_dim:,} numbers; "
+                        f"at most {MOST_LAYERS:,} layers, and {LARGEST:,} numbers in all heads of one")
+    return config, model_class
+
+
+def usable(raw: dict, keys: dict, path) -> dict:
+    """`raw` without its nulls, which stand for a default.
+
+    keys: {key: type}, or for an object the keys in it. Raises UserError for a value of another type or outside LIMITS.
+    """
+    raw = {k: v for k, v in raw.items() if v is not None}
+    for key in keys.keys() & raw.keys():
+        if isinstance(kind := keys[key], dict):
+            check(path, key, raw[key], dict)
+            raw[key] = usable(raw[key], kind, f"{path}: {key}")
+        else:
+            check(path, key, raw[key], kind, *LIMITS.get(kind, ()))
+    return raw
 
 
 def read_config(folder: Path):
-    """config.json -> (Config, model class, the raw dict)."""
+    """config.json -> (Config, model class, the raw dict). Raises UserError."""
     path = Path(folder) / "config.json"
     raw = read_json(path)
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{path}: model_type {kind!r} is not supported (only {', '.join(FAMILIES)})")
-    try:
-        return *config_from(raw), raw
-    except KeyError as e:
-        raise UserError(f"{path}: key {e} is missing") from None
-    except (ValueError, TypeError, ZeroDivisionError) as e:  # the last two: text for a number, 0 heads
-        raise UserError(f"{path}: {e}") from None
+    return *config_from(raw, path), raw
 
 
 def config_of(name: str):
@@ -126,9 +160,9 @@ def without_storage(model_class, config, converts: bool = False) -> nn.Module:
 def stored_bits(folder: Path) -> int | None:
     """8 or 4 for a checkpoint that transformers wrote with bitsandbytes, None for a plain one. Else raises UserError."""
     path = Path(folder) / "config.json"
-    if not (q := read_json(path).get("quantization_config")):
+    if not (q := usable(read_json(path), COMMON, path).get("quantization_config")):
         return None
-    kind = str(q.get("quant_method", "bitsandbytes"))  # older files do not have this key
+    kind = q.get("quant_method", "bitsandbytes")  # older files do not have this key
     if kind == "bitsandbytes" and q.get("load_in_8bit"):
         return 8
     if kind == "bitsandbytes":
@@ -161,13 +195,13 @@ def load(name: str, bits: int = 32, device="cpu", compute_dtype: torch.dtype | N
     converts = bits < 32 and (compute_dtype or device_of(device).products) == torch.float32
     model = without_storage(model_class, config, converts)
     low_bit = low_bit_weights(model)
-    files = {key: path for path in weight_files(folder) for key in tensor_names(path)}
+    files = files_of_tensors(folder)
     head, head_weight, used = None, f"{model.head_name}.weight", set()
     for n, (path, key, shape) in places(model, folder, files, stored).items():
         tensor = read_tensor(path, key)
         is_codes = stored and n in low_bit and not tensor.is_floating_point()
         if not is_codes:
-            check_tensor(tensor, path, key, shape)
+            check_tensor(tensor, path, key, shape, dtype)
         if n == head_weight and config.tied_head:  # some files store the tied matrix twice; both must be equal
             head = tensor.to(device, dtype)
         elif is_codes or n in low_bit and (converts or bits < 16 and not stored):
@@ -181,7 +215,7 @@ def load(name: str, bits: int = 32, device="cpu", compute_dtype: torch.dtype | N
                 else:
                     layer = (half.from_weight(linear, tensor, dtype) if bits == 16 or stored else
                              quant.quantize(linear, tensor, bits))
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{path}: tensor {key}: {e}") from None
             bias, layer.bias = layer.bias, None  # if it is read later, it is still on "meta", where .to(device) would fail
             setattr(model.get_submodule(owner), leaf, layer.to(device))
@@ -227,11 +261,26 @@ def places(model: nn.Module, folder: Path, files: dict, stored: int | None) -> d
     return where
 
 
-def check_tensor(tensor: torch.Tensor, path: Path, key: str, shape: torch.Size):
+def check_tensor(tensor: torch.Tensor, path: Path, key: str, shape: torch.Size, dtype: torch.dtype = torch.float32):
+    """Raise UserError unless a weight has this shape, and `dtype` can hold its numbers."""
     if tensor.shape != shape:
         raise UserError(f"{path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
     if not tensor.is_floating_point():
         raise UserError(f"{path}: tensor {key} holds {tensor.dtype}, and config.json does not say how it is quantised")
+    check_finite(tensor, path, key, dtype)
+
+
+def check_finite(tensor: torch.Tensor, path: Path, key: str, dtype: torch.dtype = torch.float32):
+    """Raise UserError for NaN, infinity, and a number too large for `dtype`. SmolLM2's 134,515,008 weights: 0.02 s."""
+    if not tensor.numel():
+        return
+    low, high = (float(x) for x in (tensor.float() if tensor.itemsize == 1 else tensor).aminmax())  # (of 8 bit: no aminmax)
+    most = torch.finfo(dtype).max
+    if not (-most <= low and high <= most):  # NaN: no comparison is true
+        if math.isfinite(low + high):
+            raise UserError(f"{path}: tensor {key}: {max(-low, high):g} is too large for {type_name(dtype)}; use float32 "
+                            f"(--bits 32, --dtype float32)")
+        raise UserError(f"{path}: tensor {key}: a weight is not finite (NaN or infinity); the file is damaged")
 
 
 class StoredWeights:
@@ -247,7 +296,7 @@ class StoredWeights:
             raise UserError(f"{self.folder} holds its weights in {stored} bit only, and this needs them in full precision; "
                             f"give the model that it was made from")
         self.model = without_storage(model_class, config)
-        files = {key: path for path in weight_files(self.folder) for key in tensor_names(path)}
+        files = files_of_tensors(self.folder)
         self.places = places(self.model, self.folder, files, None)
         head = self.model.head.weight
         self.head = next(n for n, p in self.model.named_parameters() if p is head)  # the embedding, if they are tied
@@ -260,13 +309,16 @@ class StoredWeights:
         return tensor.float()
 
 
-def read_metadata(f) -> dict:
-    return f.metadata() or {}
-
-
-def tensor_names(path: Path) -> list[str]:
-    with opened(path) as f:
-        return list(f.keys())
+def files_of_tensors(folder: Path) -> dict[str, Path]:
+    """The tensors of a model: name in the file -> file. Raises UserError if two files have one name."""
+    files = {}
+    for path in weight_files(folder):
+        with opened(path) as f:
+            for key in f.keys():  # noqa: SIM118 (no dict)
+                if key in files:
+                    raise UserError(f"{path}: tensor {key} is in {files[key].name} too")
+                files[key] = path
+    return files
 
 
 def read_tensor(path: Path, key: str) -> torch.Tensor:
@@ -277,13 +329,14 @@ def read_tensor(path: Path, key: str) -> torch.Tensor:
 
 @contextlib.contextmanager
 def opened(path: Path):
+    if not path.exists():
+        raise UserError(f"{path}: the file is missing")
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as f:
             yield f
-    except FileNotFoundError:
-        raise UserError(f"{path}: the file is missing") from None
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: not a whole safetensors file ({e}); download or copy it again") from None
+        raise UserError(f"{path}: not a whole safetensors file ({e!s:.200}); download or copy it again") from None
 
 
 def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor):
@@ -301,7 +354,10 @@ def from_scratch(name: str, device="cpu", seed: int = 0) -> nn.Module:
     model = without_storage(model_class, config)
     rng = torch.Generator().manual_seed(seed)
     for n, p in list(model.named_parameters()):
-        t = torch.zeros(p.shape)
+        try:
+            t = torch.zeros(p.shape)
+        except RuntimeError:
+            raise UserError(f"{name}: the weights do not fit into memory ({n} has the shape {list(p.shape)})") from None
         if p.dim() == 2:
             is_write = n.endswith(WRITES)
             t.normal_(0.0, 0.02 / ((2 * config.n_layer) ** 0.5 if is_write else 1), generator=rng)
@@ -322,10 +378,14 @@ def atomic(path):
     So `path` is always a whole file, even if the run is killed or the disk is full. Raises UserError if writing fails.
     """
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    tmp = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.unlink(missing_ok=True)  # left by a killed process that had our number
+        tmp.touch()
+        mode = tmp.stat().st_mode  # as the umask says. safetensors would replace this file by one that only its owner reads
         yield tmp
+        tmp.chmod(mode)
         os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: could not be written ({e}); what was there before is untouched") from None
@@ -334,14 +394,61 @@ def atomic(path):
             tmp.unlink()
 
 
+def temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp{os.getpid()}")
+
+
+def remove_leftovers(folder, name: str | None = None):
+    """Remove the temporary files and folders that killed processes have left anywhere below `folder`.
+
+    name: only those of this file or folder, directly in `folder`. A process that runs on another machine, over a shared
+    disk, is not seen: what it is writing would be removed, and it would stop with an error.
+    """
+    folder = Path(folder)
+    for path in list(folder.rglob(".*.tmp*") if name is None else folder.glob(f".{glob.escape(name)}.tmp*")):
+        pid = re.fullmatch(r"\..+\.tmp(\d{1,9})", path.name)
+        if pid and (int(pid[1]) == os.getpid() or not is_running(int(pid[1]))):  # (an earlier process had our number)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def is_running(pid: int) -> bool:
+    if os.name != "posix":  # on Windows, os.kill would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # it belongs to someone else; it is no process id
+        pass
+    return True
+
+
 def write_text(path, text: str):
     with atomic(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
 
 
-def write_tensors(path, tensors: dict, metadata: dict | None = None):
+def write_tensors(path, tensors: dict, metadata: dict[str, str] | None = None):
+    """metadata: what `read_metadata` returns. Without it, the file says {"format": "pt"}, which transformers asks for.
+
+    safetensors writes the keys of its metadata in a random order. With one key, equal tensors make equal files.
+    """
+    about = {"bytewise": json.dumps(metadata, sort_keys=True)} if metadata else {"format": "pt"}
     with atomic(path) as tmp:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, {"format": "pt", **(metadata or {})})
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, about)
+
+
+def read_metadata(f, path) -> dict[str, str]:
+    """The metadata of a file that is `opened`. Files of earlier versions have a key for each entry. Raises UserError."""
+    raw = f.metadata() or {}
+    metadata = parse_json(raw.get("bytewise", "{}"), f"{path}: its metadata")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{path}: its metadata is not an object of texts")
+    return {**raw, **metadata}
 
 
 def checkpoint_name(model: nn.Module, name: str) -> str:
@@ -384,8 +491,9 @@ def new_folder(path):
         raise UserError(f"{path} exists and is not empty; choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=path.parent))
-        tmp.chmod(0o755)
+        remove_leftovers(path.parent, path.name)
+        tmp = temporary(path)
+        tmp.mkdir()  # with the mode that the umask says
     except OSError as e:
         raise UserError(f"{path}: cannot be created ({e.strerror})") from None
     try:

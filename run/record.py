@@ -25,6 +25,7 @@ from tqdm import tqdm
 import memory
 from errors import UserError
 from files import weights
+from files.json_files import check, parse_json
 from techniques.device import compute_dtype, device_of, type_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +50,8 @@ def claimed(cfg):
     except OSError as e:
         raise UserError(f"--out {out} could not be written ({e.strerror})") from None
     try:
+        if cfg.resume:
+            weights.remove_leftovers(out)
         refuse_another_run(out, cfg.resume)  # once more: it may have begun and ended since
         cfg.out = str(out)
         yield out
@@ -97,12 +100,14 @@ def parameters(name: str, params: dict) -> str:
             f"{params['trainable']:,} trainable ({params['percent']:.4f} %)")
 
 
+NOT_SAVED = ("resume", "show_batch", "dry_run", "fit")  # options of one call, not of the run
+
+
 def write_config(out: Path, cfg, inputs: dict):
     git = None
     if (ROOT / ".git").exists():
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    not_saved = ("resume", "show_batch", "dry_run", "fit")
-    config = {"options": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in not_saved},
+    config = {"options": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SAVED},
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seed": cfg.seed,
               "commit": git.stdout.strip() if git and git.returncode == 0 else None, "arithmetic": arithmetic(cfg),
               "inputs": inputs}
@@ -120,11 +125,13 @@ def log(out: Path, line: dict):
 def read_log(out: Path) -> list[dict]:
     """The lines of metrics.jsonl. A line that a killed run did not finish is left out."""
     lines, path = [], out / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(UserError):
+            check(path, "line", value := parse_json(line, path), dict)
+            check(path, "step", value.get("step"), int)
+            for name in value.keys() & {"loss", "val_loss"}:
+                check(path, name, value[name], float)
+            lines.append(value)
     return lines
 
 

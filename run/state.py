@@ -9,6 +9,7 @@ its state has taken all steps and summary.json exists. What a kill has left half
 """
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ import lora
 import memory
 from errors import UserError
 from files import hub, peft_files, weights
+from files.json_files import check, checked, parse_json, read_json
 from run import record
 from run.options import TrainConfig
 from techniques.device import type_name
@@ -69,7 +71,7 @@ class Run:
         """Write adapter/ or best/ in PEFT's format (--full: a model folder), with the template and the end tokens."""
         folder = self.out / name
         if self.cfg.full:
-            raw = hub.read_json(hub.find(self.cfg.model) / "config.json")
+            raw = read_json(hub.find(self.cfg.model) / "config.json")
             dtype = raw.get("dtype") or raw.get("torch_dtype")  # the newer and the older key
             weights.save(self.model, folder, dtype if dtype in weights.DTYPES else "float32", self.trained)
         else:
@@ -120,9 +122,10 @@ class Run:
         if self.step == self.cfg.steps:  # all steps are taken, but not everything is written: nothing saves again
             self.export(self.last)
         print(f"resumed {self.out} after step {self.step}")
-        before, now = hub.read_json(self.out / "config.json").get("arithmetic"), record.arithmetic(self.cfg)
-        if before and before["products"] != now["products"]:
-            print(f"its products ran in {before['products']} until here, and now run in {now['products']} ({now['why']}): "
+        path, now = self.out / "config.json", record.arithmetic(self.cfg)
+        check(path, "arithmetic", before := read_json(path).get("arithmetic", now), dict)
+        if before.get("products") != now["products"]:
+            print(f"its products ran in {before.get('products')} until here, now run in {now['products']} ({now['why']}); "
                   f"the run will not equal an uninterrupted one bit for bit")
 
 
@@ -136,7 +139,7 @@ def saved_state(cfg: TrainConfig):
     path = state_file(cfg.out)
     with weights.opened(path) as f:
         try:
-            numbers = json.loads(weights.read_metadata(f)["numbers"])
+            numbers = parse_json(weights.read_metadata(f, path)["numbers"], path)
             step, seen = numbers["step"], dict(numbers["seen"])
             if type(step) is not int or not 0 < step <= cfg.steps:
                 raise ValueError(f"step {step} of {cfg.steps}")
@@ -169,9 +172,10 @@ def finished(cfg: TrainConfig) -> dict | None:
                                                                     out / "summary.json")):
         return None
     print(f"{out} is finished: {cfg.steps} of {cfg.steps} steps are taken, and every file is written")
-    return hub.read_json(out / "summary.json")
+    return read_json(out / "summary.json")
 
 
+RESOLVED = ("bits", "device", "data", "max_length", "lr", "warmup_steps", "steps", "eval_every", "save_every")
 MAY_MOVE = ("model", "data", "val_data", "template")  # a run may continue with another path, if the content is the same
 
 
@@ -186,7 +190,14 @@ def options_of_run(cfg: TrainConfig) -> TrainConfig:
     if not state.is_file():
         raise UserError(f"--resume: {state} is missing, the run was stopped before its first save; remove "
                         f"{cfg.out} and start it again")
-    saved = hub.read_json(path)["options"]
+    saved = read_json(path).get("options")
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: no options in it")
+    checked(TrainConfig, saved, path)
+    if missing := [f.name for f in dataclasses.fields(TrainConfig) if f.name not in (*saved, *record.NOT_SAVED)]:
+        raise UserError(f"{path}: option {missing[0]} is missing (the run is of another version)")
+    if missing := [name for name in RESOLVED if saved[name] is None]:
+        raise UserError(f"{path}: option {missing[0]} is null, and a run knows it")
     default = TrainConfig()
     moved = {}
     for name in saved:
@@ -210,10 +221,12 @@ WHAT = {"data": "--data", "val_data": "--val-data", "template": "the template", 
 
 def check_inputs(cfg: TrainConfig, now: dict):
     """--resume: data and model must be those with which the run began. now: prepare.inputs(...). Raises UserError."""
-    before = hub.read_json(Path(cfg.out) / "config.json").get("inputs")
+    path = Path(cfg.out) / "config.json"
+    before = read_json(path).get("inputs")
     if before is None:
         print(f"{cfg.out} is of an older version, which did not record its data and its model: they are taken as they are")
         return
+    check(path, "inputs", before, dict)
     for name, what in WHAT.items():
         if before.get(name) != now[name]:
             raise UserError(f"--resume: {what} is not what the run in {cfg.out} began with (another content: "

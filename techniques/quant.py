@@ -299,20 +299,22 @@ def from_checkpoint(linear: nn.Module, weight: torch.Tensor, parts: dict) -> Low
     """The layer that transformers + bitsandbytes saved in place of `linear`. weight: its codes.
 
     parts: the tensors that belong to the codes, by the last part of their names: absmax, nested_absmax, bitsandbytes__nf4
-    (JSON text as bytes), or SCB. Raises ValueError for a layer that does not fit `linear`, or is stored in another way.
+    (JSON text as bytes), or SCB. Raises ValueError for a layer that does not fit `linear`, or is stored in another way
+    (RecursionError for a JSON text that is nested too deeply).
     """
     n = linear.in_features * linear.out_features
     if "SCB" in parts:
         shape, scale = (linear.out_features, linear.in_features), parts["SCB"]
-        if weight.dtype != torch.int8 or weight.shape != shape or scale.shape != shape[:1]:
-            raise ValueError(f"codes {list(weight.shape)} of {weight.dtype} and scales {list(scale.shape)} do not fit a "
-                             f"{shape} layer in int8")
+        if weight.dtype != torch.int8 or weight.shape != shape or scale.shape != shape[:1] or not scale.is_floating_point():
+            raise ValueError(f"codes {list(weight.shape)} of {weight.dtype} and scales {list(scale.shape)} of {scale.dtype} "
+                             f"do not fit a {shape} layer in int8")
         if parts.get("weight_format", torch.zeros(())).any():
             raise ValueError("its int8 codes are in a GPU's tiled layout; save it again with a newer bitsandbytes")
         return checked(Int8Linear(linear, weight, scale.float()))
     if "bitsandbytes__nf4" not in parts:
         raise ValueError(f"it has neither a quant_state of nf4 nor SCB beside it, only {', '.join(sorted(parts))}")
-    state = json.loads(bytes(parts["bitsandbytes__nf4"].tolist()))
+    text = parts["bitsandbytes__nf4"]
+    state = json.loads(bytes(text.tolist())) if text.dtype == torch.uint8 and text.dim() == 1 else None
     if not isinstance(state, dict):
         raise ValueError("its quant_state is no JSON object")
     wanted = {"quant_type": "nf4", "blocksize": BLOCK, "shape": [linear.out_features, linear.in_features]}
@@ -320,17 +322,20 @@ def from_checkpoint(linear: nn.Module, weight: torch.Tensor, parts: dict) -> Low
         wanted["nested_blocksize"] = NESTED
     for name, value in wanted.items():
         if state.get(name) != value:
-            raise ValueError(f"its quant_state has {name} {state.get(name)}, this model needs {value}")
+            raise ValueError(f"its quant_state has {name} {state.get(name)!s:.99}, this model needs {value}")
     tables = {"quant_map": NF4, "nested_quant_map": DYNAMIC}
     for name in tables.keys() & parts.keys():
-        if not torch.equal(parts[name], tables[name]):
+        if parts[name].dtype != torch.float32 or not torch.equal(parts[name], tables[name]):
             raise ValueError(f"its {name} is another code than NF4's levels or the 8-bit dynamic code")
     double = "nested_absmax" in parts
-    sizes = {"absmax": n // BLOCK, **({"nested_absmax": -(-n // BLOCK // NESTED)} if double else {})}
-    if weight.dtype != torch.uint8 or weight.numel() * 2 != n or any(
-            k not in parts or parts[k].numel() != size for k, size in sizes.items()) or (
-            (parts["absmax"].dtype == torch.uint8) != double or double and "nested_offset" not in state):
+    wanted = {"absmax": ((n // BLOCK,), torch.uint8 if double else torch.float32)}
+    if double:
+        wanted["nested_absmax"] = ((-(-n // BLOCK // NESTED),), torch.float32)
+    if weight.dtype != torch.uint8 or weight.shape != (n // 2, 1) or n % BLOCK or any(
+            k not in parts or (parts[k].shape, parts[k].dtype) != size for k, size in wanted.items()) or (
+            double and not (type(state.get("nested_offset")) in (int, float) and abs(state["nested_offset"]) < 1e30)):
         raise ValueError(f"its codes ({weight.dtype}), absmax, nested_absmax or nested_offset do not fit {n:,} weights")
     if not double:
-        return checked(NF4Linear(linear, weight, parts["absmax"].float()))
-    return checked(NF4Linear(linear, weight, parts["absmax"], parts["nested_absmax"], torch.tensor(state["nested_offset"])))
+        return checked(NF4Linear(linear, weight, parts["absmax"]))
+    offset = torch.tensor(float(state["nested_offset"]))
+    return checked(NF4Linear(linear, weight, parts["absmax"], parts["nested_absmax"], offset))

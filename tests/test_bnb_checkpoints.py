@@ -218,6 +218,10 @@ def change_state(**changes):
     return damage
 
 
+def change_text(text):
+    return change("weight.quant_state.bitsandbytes__nf4", lambda t: torch.tensor(list(text), dtype=torch.uint8))
+
+
 def change_config(**changes):
     def damage(folder):
         q = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -264,6 +268,22 @@ DAMAGED = {  # kind, how it is damaged, what the line must hold
     "int8 codes of another shape": ("int8", change("weight", lambda t: t[1:].clone()), WEIGHT + r"codes \[63, 64\]"),
     "unsigned int8": ("int8", change("weight", lambda t: t.view(torch.uint8)), WEIGHT + ".*uint8"),
     "tiled int8": ("int8", change("weight_format", lambda t: torch.ones_like(t)), WEIGHT + "its int8 codes are in a GPU's"),
+    "huge nested offset": ("nf4-double", change_state(nested_offset=10**400), WEIGHT + ".*nested_offset"),
+    "nested offset is text": ("nf4-double", change_state(nested_offset="0"), WEIGHT + ".*nested_offset"),
+    "nested offset is true": ("nf4-double", change_state(nested_offset=True), WEIGHT + ".*nested_offset"),
+    "nested offset is NaN": ("nf4-double", change_state(nested_offset=float("nan")), WEIGHT + ".*nested_offset"),
+    "deep quant_state": ("nf4", change_text(b"[" * 99999), WEIGHT + "maximum recursion"),
+    "quant_state is a list": ("nf4", change_text(b"[]"), WEIGHT + "its quant_state is no JSON object"),
+    "quant_state of numbers": ("nf4", change("weight.quant_state.bitsandbytes__nf4", lambda t: t.float()),
+                               WEIGHT + "its quant_state is no JSON object"),
+    "quant_state in two dimensions": ("nf4", change("weight.quant_state.bitsandbytes__nf4", lambda t: t[None]),
+                                      WEIGHT + "its quant_state is no JSON object"),
+    "absmax in 16 bit": ("nf4", change("weight.absmax", lambda t: t.half()), WEIGHT + "its codes .*, absmax, nested"),
+    "absmax in two dimensions": ("nf4-double", change("weight.absmax", lambda t: t[None]), WEIGHT + "its codes .*, absmax"),
+    "nested absmax of integers": ("nf4-double", change("weight.nested_absmax", lambda t: t.int()), WEIGHT + "its codes"),
+    "quant_map in 16 bit": ("nf4", change("weight.quant_map", lambda t: t.half()), WEIGHT + "its quant_map is another code"),
+    "SCB of integers": ("int8", change("SCB", lambda t: t.int()), WEIGHT + r".*scales \[64\] of torch.int32"),
+    "load_in_8bit is text": ("int8", change_config(load_in_8bit="yes"), "load_in_8bit must be true or false"),
     "extra part": ("nf4", change("weight.zero_point", lambda t: torch.ones(2)),
                    f"/model.safetensors: unexpected tensor {Q}.weight.zero_point"),
     "scales of a 16-bit weight": ("skip", lambda d: edit(d, **{f"{Q.replace('q_', 'v_')}.weight.absmax": torch.ones(64)}),

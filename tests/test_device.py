@@ -227,7 +227,7 @@ def test_a_run_that_continues_on_another_machine_says_so(go, on_device, tmp_path
         on_device(products=now, why="another CPU")
         train.main(train.TrainConfig(out=str(Path(tmp_path) / str(now)), resume=True))
         said = capsys.readouterr().out
-        assert ("its products ran in bfloat16 until here, and now run in float32 (another CPU)" in said) == says
+        assert ("its products ran in bfloat16 until here, now run in float32 (another CPU)" in said) == says
 
 
 def test_full_with_an_offloaded_optimizer_holds_float32(go, on_device, tmp_path):

@@ -108,6 +108,7 @@ def test_fresh_adapter_changes_nothing(folders, family):
     ({"targets": ["nonsense"]}, "nonsense"), ({"targets": ["q_proj", "c_attn"]}, "c_attn"), ({"targets": ["proj"]}, "proj"),
     ({"targets": ["q_proj.q"]}, "q_proj.q"), ({"r": 0}, "--lora-r 0"), ({"r": -1}, "--lora-r -1"),
     ({"dropout": 1.0}, "--lora-dropout 1.0"), ({"dropout": -0.1}, "--lora-dropout -0.1"),
+    *(({"alpha": alpha}, f"--lora-alpha {alpha}: must be above 0") for alpha in (0, -1, float("nan"), float("inf"))),
 ])
 def test_bad_options_are_named_and_leave_no_adapter(folders, options, named):
     model = weights.load(folders["llama"])
@@ -257,13 +258,80 @@ def edit_config(folder, **changes):
 
 @pytest.mark.parametrize(("changes", "named"), [
     ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 5}, "rank"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 5}, "rank"), ({"peft_type": ["LORA"]}, "peft_type"),
+    *(({key: value}, f"adapter_config.json: {key} must be an? ") for key, values in {
+        "r": [0, -1, 3.0, "3", True, [3], 10**400, float("nan")],
+        "lora_alpha": [0, -7, "7", True, float("nan"), float("inf"), 10**400],
+        "lora_dropout": [-0.1, 1, "0", float("nan")]}.items() for value in values),
+    *(({key: None}, f"adapter_config.json: {key} is missing") for key in ("r", "lora_alpha")),
+    ({"use_rslora": 1}, "use_rslora must be true or false"), ({"target_modules": {}}, "target_modules must be a list"),
+    ({"target_modules": ["q_proj", 1]}, "a name in target_modules must be text"), ({"bias": True}, "bias must be text"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base weights"),
+    ({"rank_pattern": ["q_proj"]}, "rank_pattern must be an object"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern of 'q_proj' must be an integer from 1"),
+    ({"alpha_pattern": {"q_proj": "7"}}, "alpha_pattern of 'q_proj' must be a number from 1e-12"),
+    ({"alpha_pattern": {"q.proj": 7}}, "alpha_pattern: 'q.proj' names no layer of this model"),
+    ({"alpha_pattern": dict.fromkeys(map(str, range(1000)), 7)}, "alpha_pattern has 1,000 patterns, and the model 22"),
+    *(({"alpha_pattern": {p: 7}}, "alpha_pattern: pattern '.*' is not implemented") for p in (
+        "(a+)+", "([a-z]+)*x", "(.*)*_proj", "(a|a)" * 40, "q_proj|layers.(0|1).v_proj", "((q|v)_proj)", "q_proj$$", "(q",
+        "[q]_proj", "\\d", "q_proj\n")),
 ])
 def test_adapter_config_that_cannot_be_honoured_is_refused(folders, tmp_path, changes, named):
     peft_files.save(adapted(folders["llama"]), tmp_path)
     edit_config(tmp_path, **changes)
     with pytest.raises(UserError, match=named):
         peft_files.load(weights.load(folders["llama"]), tmp_path)
+
+
+PATTERNS = ["q_proj", "self_attn.q_proj", r"layers\.1\.self_attn\.q_proj", "layers.(0|2).self_attn.(q|v)_proj",
+            "^model.layers.1.mlp.up_proj", "^model.layers.1.mlp.up_proj$", "(q|k)_proj", "up_proj|down_proj", "lm_head"]
+
+
+def test_patterns_mean_what_they_mean_in_peft(folders, tmp_path):
+    """Every pattern alone, and all of them in an order in which later ones match what earlier ones have taken."""
+    get_pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key
+    layers = [n for n, m in weights.load(folders["llama"]).named_modules() if lora.is_linear(m)]
+    for patterns in (*([p] for p in PATTERNS), PATTERNS, PATTERNS[::-1]):
+        values = {p: i + 1 for i, p in enumerate(patterns)}
+        got = peft_files.by_layer(values, layers, tmp_path, "rank_pattern", int, peft_files.RANK)
+        assert got and got == {n: values[key] for n in layers if (key := get_pattern_key(patterns, n)) in values}
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda t: t.int(), "holds torch.int32"), (lambda t: t > 0, "holds torch.bool"), (lambda t: t * torch.nan, "not finite"),
+    (lambda t: t / 0, "not finite"), (lambda t: t.flatten(), "its adapter"), (lambda t: t[:0], "its adapter"),
+    (lambda t: t.to(torch.complex64), "holds torch.complex64"),
+])
+@pytest.mark.parametrize("kind", ["A", "B"])
+def test_adapter_of_numbers_that_cannot_be(folders, tmp_path, change, named, kind):
+    peft_files.save(adapted(folders["llama"]), tmp_path)
+    file, key = tmp_path / "adapter_model.safetensors", KEY.format(kind)
+    save_file({k: change(t).contiguous() if k == key else t for k, t in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=named) as e:
+        peft_files.load(weights.load(folders["llama"]), tmp_path)
+    assert file.name in str(e.value) and "layers.1.self_attn.q_proj" in str(e.value)
+
+
+@pytest.mark.parametrize(("metadata", "named"), [
+    ({"bits": "x"}, "'x' bits"), ({"bits": "5"}, "'5' bits"), ({"init": "svd"}, "'svd'"), ({"parts": "{"}, "not valid JSON"),
+    ({"parts": "[]"}, "lists of names"), ({"parts": '{"h.0.attn.c_attn": 3}'}, "lists of names"),
+    ({"parts": '{"h.0.attn.c_attn": ["q", "x"]}'}, "no such parts"), ({"parts": "[" * 9999}, "nested too deeply"),
+    ({"parts": '{"h.0.attn.c_attn": ["v", "q"]}'}, "no such parts"), ({"parts": '{"h.0.attn.c_proj": ["q"]}'}, None),
+])
+def test_metadata_that_cannot_be(folders, tmp_path, metadata, named):
+    ours = adapted(folders["gpt2"])
+    peft_files.save(ours, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    for old in (False, True):  # earlier versions wrote a key for each entry
+        if old:
+            save_file(load_file(file), file, {"init": "default", "bits": "32", **metadata})
+        else:
+            weights.write_tensors(file, load_file(file), {"init": "default", "bits": "32", **metadata})
+        if named:
+            with pytest.raises(UserError, match=named):
+                peft_files.load(weights.load(folders["gpt2"]), tmp_path)
+        else:
+            assert_same(logits(peft_files.load(weights.load(folders["gpt2"]), tmp_path)), logits(ours))
 
 
 def test_layer_of_the_config_without_tensors_is_refused(folders, tmp_path):
@@ -351,6 +419,20 @@ def test_merge_unties_an_adapted_head(folders, tmp_path, kind):
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     assert_same(logits(weights.load(out)), logits(model), logits(weights.load(folders[kind])), MERGED)
     assert_same(logits(hf_model(out)), logits(model), tolerance=MERGED)
+
+
+def test_merge_into_float16_that_cannot_hold_a_weight(folders, tmp_path):
+    folder = make_folder(tmp_path / "m", "llama")
+    model = adapted(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = 7e4
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    peft_files.save(model, tmp_path / "a")
+    argv = ["merge", "--model", str(folder), "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "out"), "--dtype"]
+    with pytest.raises(UserError, match=f"{folder}: tensor model.norm.weight: 70000 is too large for float16; use float32"):
+        export.main([*argv, "float16"])
+    assert not (tmp_path / "out").exists()
+    export.main([*argv, "bfloat16"])
 
 
 def test_merge_command_in_16_bit_and_into_an_existing_folder(folders, tmp_path):

@@ -195,7 +195,7 @@ def test_parity_notices_a_serial_block(tmp_path, monkeypatch):
 def test_frozen_reference_logits(name):
     """Equal logits where transformers is not installed: reference/make.py wrote the file with it."""
     ref = json.loads((REFERENCE / f"{name}.json").read_text())
-    config, model_class = weights.FAMILIES[ref["config"]["model_type"]]
+    config, model_class, _ = weights.FAMILIES[ref["config"]["model_type"]]
     model = randomise(model_class(config.from_json(ref["config"])), ref["seed"])
     with torch.no_grad():
         logits = model(torch.tensor([ref["ids"]]))[0]
@@ -562,7 +562,8 @@ def test_phi_sizes(n_embd, n_layer, factor, total):
     ("phi", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
     ("phi", {"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor"),
     ("phi", {"partial_rotary_factor": 0.4}, "partial_rotary_factor turns 3 of a head's 8"),
-    ("phi", {"partial_rotary_factor": 0.0}, "partial_rotary_factor turns 0"),
+    ("phi", {"partial_rotary_factor": 0.0}, "partial_rotary_factor must be a number from 1e-12"),
+    ("phi", {"partial_rotary_factor": 0.1}, "partial_rotary_factor turns 0"),
     ("phi", {"partial_rotary_factor": 1.25}, "partial_rotary_factor turns 10"),
     ("phi", {"sliding_window": 32}, "sliding_window"),
     ("mamba", {}, "mamba"),
@@ -573,6 +574,53 @@ def test_unsupported_config_is_named(tmp_path, family, overrides, named):
     with pytest.raises(UserError) as e:
         weights.read_config(tmp_path)
     assert named in str(e.value) and "config.json" in str(e.value)
+
+
+@pytest.mark.parametrize(("family", "keys"), [
+    ("gpt2", "vocab_size n_positions n_embd n_layer n_head n_inner"),
+    ("llama", "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
+              "max_position_embeddings"),
+    ("phi", "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
+            "max_position_embeddings")])
+@pytest.mark.parametrize("value", ["12", 0, -1, 1.5, 16.0, True, [], {}, 2**24 + 1, 10**400, math.nan, math.inf], ids=repr)
+def test_a_size_that_is_none_is_named(tmp_path, family, keys, value):
+    base = {"gpt2": GPT2, "llama": LLAMA, "phi": PHI}[family]
+    for key in keys.split():
+        (tmp_path / "config.json").write_text(json.dumps({**base, "model_type": family, key: value}))
+        with pytest.raises(UserError, match=rf"config.json: {key} must be an integer from 1 to 16,777,216, found "):
+            weights.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "overrides", "named"), [
+    ("gpt2", {"n_layer": 1025}, "1,025 layers .* at most 1,024 layers"),
+    ("llama", {"num_attention_heads": 2**20, "num_key_value_heads": 1, "head_dim": 2**20}, "16,777,216 numbers in all"),
+    ("llama", {"head_dim": 7}, "a head has 7 numbers"), ("llama", {"num_attention_heads": 64}, "a head has 0 numbers"),
+    *((family, {key: value}, f"{key} must be a number from 1e-12")
+      for family, key in (("gpt2", "layer_norm_epsilon"), ("llama", "rms_norm_eps"), ("phi", "layer_norm_eps"),
+                          ("llama", "rope_theta"), ("phi", "rope_theta"), ("phi", "partial_rotary_factor"))
+      for value in (0, -1e-5, "1e-5", True, math.nan, math.inf, 10**400)),
+    ("gpt2", {"layer_norm_epsilon": 1}, "epsilon of the norms is 1"),
+    *(("llama", {"rope_scaling": {"type": "linear", "factor": factor}}, "rope_scaling: factor must be a number from 1e-12")
+      for factor in (0, -2, "2", [2], math.nan)),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": None}}, "lacks factor"),
+    ("llama", {"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling: rope_type must be text"),
+    ("llama", {"rope_scaling": [2.0]}, "rope_scaling must be an object"),
+    ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_parameters: rope_theta must be"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                                "original_max_position_embeddings": 64}}, "low_freq_factor must be below"),
+    ("gpt2", {"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+    ("llama", {"attention_bias": 1}, "attention_bias must be true or false"),
+    ("gpt2", {"dtype": ["float32"]}, "dtype must be text"),
+    ("gpt2", {"quantization_config": "nf4"}, "quantization_config must be an object"),
+    ("gpt2", {"quantization_config": {"quant_method": 4}}, "quant_method must be text"),
+    ("gpt2", {"model_type": ["gpt2"]}, "model_type .* is not supported"),
+    ("gpt2", {"option": "x" * 10**6}, "option 'option': .{,120} is not implemented"),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_a_value_that_the_model_cannot_have_is_named(tmp_path, family, overrides, named):
+    base = {"gpt2": GPT2, "llama": LLAMA, "phi": PHI}[family]
+    (tmp_path / "config.json").write_text(json.dumps({**base, "model_type": family, **overrides}))
+    with pytest.raises(UserError, match=rf"config.json: .*{named}"):
+        weights.read_config(tmp_path)
 
 
 @pytest.mark.parametrize(("base", "config"), [(GPT2, gpt2.Config), (LLAMA, llama.Config), (PHI, phi.Config)])

@@ -459,11 +459,11 @@ def test_a_weight_that_is_not_finite_is_named(bits, family, value, folders, tmp_
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
 @BITS
-def test_training_names_the_damaged_16_bit_weight(bits, name, folders, tmp_path, data_file):
-    """The loader does not check these weights. The first loss is not finite, and the run then finds the cause."""
+def test_a_run_stops_before_it_begins_at_a_damaged_16_bit_weight(bits, name, folders, tmp_path, data_file):
+    """The loader names it, also where it is not quantised."""
     folder = shutil.copytree(folders["llama"], tmp_path / "m")
     put(folder, name, float("nan"), index=slice(None, 60))
-    with pytest.raises(UserError, match=f"the checkpoint is damaged: {name} is not finite"):
+    with pytest.raises(UserError, match=f"/model.safetensors: tensor {name}: a weight is not finite"):
         run(tmp_path / "out", folder, data_file, bits=bits, amp=True, steps=1)
 
 

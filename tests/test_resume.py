@@ -228,7 +228,7 @@ def test_a_state_that_cannot_be(change, says, start, tmp_path):
     start()
     path = state.state_file(tmp_path / "run")
     with weights.opened(path) as f:
-        numbers = json.loads(weights.read_metadata(f)["numbers"])
+        numbers = json.loads(weights.read_metadata(f, path)["numbers"])
     weights.write_tensors(path, load_file(path), {"numbers": json.dumps({**numbers, **change})})
     with pytest.raises(UserError, match=f"not the state of this run .*({says})"):
         resume(tmp_path / "run")
@@ -239,7 +239,7 @@ def test_a_state_with_other_tensors(start, tmp_path):
     os.remove(tmp_path / "run" / "summary.json")
     path = state.state_file(tmp_path / "run")
     with weights.opened(path) as f:
-        numbers = weights.read_metadata(f)["numbers"]
+        numbers = weights.read_metadata(f, path)["numbers"]
     tensors = load_file(path)
     name = next(n for n in tensors if n.startswith("param/"))
     for other in ({**tensors, name: tensors[name][1:]}, {**tensors, name: tensors[name].half()},
@@ -268,7 +268,7 @@ def test_signals_end_a_run_as_ctrl_c_does(shared, tmp_path):
         stdout, stderr = p.communicate(timeout=60)
         assert p.returncode == 128 + signum and stderr == "" and "--resume" in stdout.splitlines()[-1]
         with weights.opened(state.state_file(out)) as f:
-            assert 2 <= json.loads(weights.read_metadata(f)["numbers"])["step"] < 400
+            assert 2 <= json.loads(weights.read_metadata(f, out)["numbers"])["step"] < 400
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

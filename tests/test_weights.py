@@ -2,19 +2,23 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import LLAMA, ROOT, make_folder
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import generate
 import llama
 import lora
 from errors import UserError
-from files import peft_files, weights
+from files import hub, peft_files, weights
 from techniques import device
 from techniques.device import device_of
 
@@ -58,6 +62,16 @@ def shard(folder, weight_map=None):
 
 
 # ---------------------------------------------------------------------------------------------- strict loading
+
+def edit_index(folder, **changes):
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {**json.loads(path.read_text())["weight_map"], **changes}}))
+
+
+def swap(path, make):
+    path.unlink()
+    make(path)
+
 
 def truncate(folder):
     path = folder / "model.safetensors"
@@ -117,9 +131,21 @@ BROKEN = {  # how a LLaMA folder is damaged -> what the one line must hold
                "/config.json: option 'sliding_window': 128 is not implemented by llama.py"),
     "quantization_config": (lambda d: edit_config(d, quantization_config={"quant_method": "gptq", "bits": 4}),
                             r"/config.json: the weights are quantised \(gptq\).*--bits 4"),
-    "size is text": (lambda d: edit_config(d, hidden_size="32"), "/config.json: "),
-    "no heads": (lambda d: edit_config(d, num_attention_heads=0), "/config.json: "),
+    "size is text": (lambda d: edit_config(d, hidden_size="32"), "/config.json: hidden_size must be an integer"),
+    "no heads": (lambda d: edit_config(d, num_attention_heads=0), "/config.json: num_attention_heads must be an integer"),
+    "NaN": (lambda d: edit(d, **{Q: torch.full((32, 32), torch.nan)}), f"/model.safetensors: tensor {Q}: .*not finite"),
+    "infinity in a norm": (lambda d: edit(d, **{"model.norm.weight": -torch.ones(32) / 0}), "norm.weight: .*not finite"),
+    "tensor in two shards": (lambda d: (shard(d), save_file({Q: torch.ones(32, 32)}, d / "third.safetensors"),
+                                        edit_index(d, third="third.safetensors")),
+                             rf"/third.safetensors: tensor {Q} is in model-0000[12]-of-00002.safetensors too"),
+    "weights are a folder": (lambda d: swap(d / "model.safetensors", Path.mkdir), "/model.safetensors: not a regular file"),
+    "index is a folder": (lambda d: (d / "model.safetensors.index.json").mkdir(), "index.json: not a regular file"),
+    "line end in a name": (lambda d: edit(d, **{"a\n\x1b[2Jb": torch.ones(1)}), r"unexpected tensor a  \[2Jb"),
 }
+for outside in ("../outside.safetensors", "/tmp/outside.safetensors", "sub/inside.safetensors", "..", "", "a\0.safetensors",
+                "\ud800.safetensors", "pytorch_model.bin"):
+    BROKEN[f"index names {outside!r}"] = (lambda d, name=outside: (shard(d), edit_index(d, third=name)),
+                                          "/model.safetensors.index.json: '.*' is no name of a safetensors file in this")
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -131,6 +157,52 @@ def test_a_damaged_model_is_refused_in_one_line(case, llama_folder):
     message = str(e.value)
     assert "\n" not in message and str(llama_folder) in message
     assert re.search(says, message), message
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json",
+                                  "model-00001-of-00002.safetensors"])
+def test_a_pipe_or_a_device_is_refused_at_once(name, llama_folder):
+    """Reading a pipe would wait for ever, and reading a device may fill the memory. A link to a file is welcome."""
+    if name not in ("config.json", "model.safetensors"):
+        shard(llama_folder)
+    whole = llama_folder / "whole"
+    (llama_folder / name).rename(whole)
+    (llama_folder / name).symlink_to(whole)
+    weights.load(llama_folder)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/null")):
+        swap(llama_folder / name, make)
+        end = os.open(llama_folder / name, os.O_RDWR)  # so that even a program that opens the pipe does not wait there
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+        signal.alarm(10)
+        with pytest.raises(UserError, match=f"{name}: not a regular file"):
+            weights.load(llama_folder)
+        signal.alarm(0)
+        os.close(end)
+        assert not hub.is_complete(llama_folder)
+
+
+def test_a_number_that_float16_cannot_hold_is_refused(llama_folder, on_device):
+    edit(llama_folder, **{Q: torch.full((32, 32), -7e4)})
+    weights.load(llama_folder, bits=32)
+    weights.load(llama_folder, bits=16)
+    on_device(half=torch.float16)
+    weights.load(llama_folder, bits=32)
+    with pytest.raises(UserError, match=rf"tensor {Q}: 70000 is too large for float16; use float32"):
+        weights.load(llama_folder, bits=16)
+
+
+def test_logits_that_are_not_finite_give_no_token(llama_folder):
+    """Every weight is finite, and a sum of them is not."""
+    edit(llama_folder, **{"lm_head.weight": torch.full((4096, 32), 1e38)})
+    for temperature in (0, 0.7):
+        with pytest.raises(UserError, match="the logits are not finite"):
+            generate.generate(weights.load(llama_folder), [1, 2, 3], temperature=temperature)
+
+
+def test_random_weights_that_do_not_fit_into_memory(llama_folder):
+    edit_config(llama_folder, vocab_size=2**24, hidden_size=2**24, num_attention_heads=2, num_key_value_heads=2)
+    with pytest.raises(UserError, match="llama-tiny: the weights do not fit into memory"):
+        weights.from_scratch(llama_folder)
 
 
 def test_other_bits_are_refused(llama_folder):
@@ -291,6 +363,64 @@ def test_full_disk(gpt2_folder, tmp_path):
     assert "model.safetensors" in lines[0] and "config.json" in lines[1] and "model.safetensors" in lines[2]
     assert {f.name: f.read_bytes() for f in target.iterdir()} == before
     assert sorted(os.listdir(tmp_path)) == ["adapter", "gpt2-tiny", "target"], "something is left of the merged model"
+
+
+def test_modes_follow_the_umask(gpt2_folder, tmp_path):
+    """safetensors alone would write a file that only its owner can read."""
+    before = os.umask(0o027)
+    try:
+        weights.save(weights.load(gpt2_folder), tmp_path / "a")
+        with weights.new_folder(tmp_path / "b"):
+            pass
+    finally:
+        os.umask(before)
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "a").iterdir()} == {0o640}
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o750
+
+
+def test_equal_tensors_make_equal_files(tmp_path):
+    """safetensors writes the keys of its metadata in a random order, so there is one. Earlier files have several."""
+    metadata, tensors = {"parts": "{}", "init": "default", "bits": "4"}, {"x": torch.ones(2)}
+    for name in ("a", "b"):
+        weights.write_tensors(tmp_path / name, tensors, metadata if name == "a" else dict(reversed(metadata.items())))
+    save_file(tensors, tmp_path / "old", {"format": "pt", **metadata})
+    weights.write_tensors(tmp_path / "plain", tensors)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as f, safe_open(tmp_path / "plain", "pt") as plain:
+        assert len(f.metadata()) == 1 and plain.metadata() == {"format": "pt"}
+    for name in ("a", "old"):
+        with weights.opened(tmp_path / name) as f:
+            read = weights.read_metadata(f, name)
+            assert {k: read[k] for k in metadata} == metadata
+    for damaged in ("{", "[]", '{"bits": 4}', "[" * 9999):
+        save_file(tensors, tmp_path / "damaged", {"bytewise": damaged})
+        with weights.opened(tmp_path / "damaged") as f, pytest.raises(UserError, match="damaged: its metadata"):
+            weights.read_metadata(f, tmp_path / "damaged")
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = {f".a.json.tmp{ended.pid}": False, f"deep/.b.safetensors.tmp{ended.pid}": False, f".c.tmp{os.getpid()}": False,
+             f".d.tmp{os.getppid()}": True, f"a.json.tmp{ended.pid}": True, ".e.tmp": True, ".f.tmpx": True, ".tmp1": True,
+             f".g.tmp{10**30}": True}
+    (tmp_path / "deep").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("x")
+    folder = tmp_path / f".model.tmp{ended.pid}"
+    (folder / "inside").mkdir(parents=True)
+    with weights.new_folder(tmp_path / "model"):
+        assert not folder.exists() and all((tmp_path / name).exists() for name in names), "only those of its own name"
+    folder.mkdir()
+    weights.remove_leftovers(tmp_path)
+    assert {name: (tmp_path / name).exists() for name in names} == names and not folder.exists()
+
+    def kill(pid, signal):
+        raise PermissionError
+    monkeypatch.setattr(os, "kill", kill)  # the process belongs to someone else
+    folder.mkdir()
+    weights.remove_leftovers(tmp_path)
+    assert folder.exists()
 
 
 def test_new_folder(tmp_path):

@@ -28,7 +28,7 @@ CONFIGS = {
 IDS, POSITIONS, TOKENS, SEED = [(7 * i * i + 3) % 64 for i in range(24)], [0, 1, 11, 23], [0, 5, 31, 63], 7
 
 for name, config in CONFIGS.items():
-    config_class, model_class = weights.FAMILIES[config["model_type"]]
+    config_class, model_class, _ = weights.FAMILIES[config["model_type"]]
     model = randomise(model_class(config_class.from_json(config)), SEED)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         (Path(folder) / "config.json").write_text(json.dumps(config))
