@@ -138,7 +138,7 @@ TRAIN = {
     "ckpt-every -1": ("--ckpt-every -1", "--ckpt-every -1: must not be negative"),
     "steps 0": ("--steps 0", "--steps 0: must be at least 1"),
     "steps and epochs": ("--steps 2 --epochs 2", "--steps and --epochs both say"),
-    "lr -1": ("--lr -1", "--lr -1.0: must not be negative"),
+    "lr -1": ("--lr -1", "--lr -1.0: must be a number above 0"),
     "lr nan": ("--lr nan", "--lr nan: must"),
     "batch 0": ("--batch-size 0", "--batch-size 0: must be at least 1"),
     "device": ("--device nonsense", "--device nonsense: "),
