@@ -81,9 +81,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def check(self, n_characters: int = 0, limit: int = 0):
         if time.thread_time() > self.end:
-            raise jinja2.TemplateError(f"it takes longer than {SECONDS} s")
+            raise UserError(f"the chat template takes longer than {SECONDS} s")
         if n_characters > limit:
-            raise jinja2.TemplateError(f"it writes more than {limit:,} characters")
+            raise UserError(f"the chat template writes more than {limit:,} characters")
 
     def call(self, *args, **kwargs):
         self.check()
@@ -93,7 +93,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         lengths = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
         self.check(lengths[0] * lengths[1] if lengths != [left, right] else 0, MOST)
         if operator == "**" and abs(right) > 64:
-            raise jinja2.TemplateError(f"the power {right} is too large")
+            raise UserError(f"the chat template takes a power above 64: {reason(right)}")
         return super().call_binop(context, operator, left, right)
 
 
@@ -125,6 +125,8 @@ def render(template: str, messages: list[dict], tokenizer: Tokenizer, prompt: bo
             jinja.environment.check(n := n + len(piece), limit)
     except jinja2.TemplateError as e:
         raise UserError(f"the chat template refused the messages: {reason(e)}") from None
+    except UserError:
+        raise
     except Exception as e:  # it can raise whatever a program can: a division by zero, an endless recursion
         raise UserError(f"the chat template fails: {type(e).__name__}: {reason(e)}") from None
     return whole("".join(text))
