@@ -392,7 +392,7 @@ def split(rows: list, fraction: float, seed: int) -> tuple[list, list]:
 # ---------------------------------------------------------------------------------------------- batches
 
 WINDOW_STEPS = 16
-PLANNED = 50_000  # steps: a second or two
+PLANNED = 50_000  # steps: about a second
 
 
 def plan(lengths: list[int], batch_size: int, grad_accum: int, seed: int, epoch: int) -> list[list[list[int]]]:

@@ -26,7 +26,7 @@ GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                 r"|\s+(?!\S)|\s+")
 PIECE, CONTEXT = 2**16, 100  # characters: of a piece of a long text, and on each side of a cut that is tried
-LONGEST = 500_000  # characters without a cut
+LONGEST = 400_000  # characters without a cut
 CUT = re.compile(r"[^\W_](?=\s)|(?<=\S)\n(?=\S)")  # the end of a word, or of a line
 
 
@@ -186,23 +186,22 @@ class Tokenizer:
         import tokenizers
         with in_one_line(f"{path}: not a readable tokenizer"):
             tok = tokenizers.Tokenizer.from_file(str(path))
-        tok.no_truncation()  # the file may contain the settings of an earlier training run
-        tok.no_padding()
-        self.specials = {t.content: i for i, t in tok.get_added_tokens_decoder().items() if t.special}
-        for name in roles:
-            if name not in self.specials and (i := tok.token_to_id(name)) is not None:
-                tok.add_special_tokens([name])
-                self.specials[name] = i
+            tok.no_truncation()  # the file may contain the settings of an earlier training run
+            tok.no_padding()
+            self.specials = {t.content: i for i, t in tok.get_added_tokens_decoder().items() if t.special}
+            for name in roles:
+                if name not in self.specials and (i := tok.token_to_id(name)) is not None:
+                    tok.add_special_tokens([name])
+                    self.specials[name] = i
+            added = tok.encode("", add_special_tokens=True)
+            self.bos, self.adds_bos = added.tokens[0] if added.tokens else None, len(added.tokens) > 0
+            if added.tokens:
+                self.specials.setdefault(self.bos, added.ids[0])
 
         def encode(text, specials):
             tok.encode_special_tokens = not specials  # True: the library encodes names of specials as ordinary text
             return tok.encode(text, add_special_tokens=False).ids
         self._encode, self.decode = encode, lambda ids: tok.decode(list(ids), skip_special_tokens=False)
-        with in_one_line(f"{path}: the tokenizer fails"):
-            added = tok.encode("", add_special_tokens=True)
-        self.bos, self.adds_bos = added.tokens[0] if added.tokens else None, len(added.tokens) > 0
-        if added.tokens:
-            self.specials.setdefault(self.bos, added.ids[0])
         self.vocab_size, self._has = tok.get_vocab_size(), lambda i: tok.id_to_token(i) is not None
 
     def _from_bpe(self, path: Path, ranks: dict[bytes, int], split: str, added: dict | None = None):
@@ -330,14 +329,15 @@ class Tokenizer:
         return self._encode(text, specials)
 
     def _pieces(self, text: str, specials: bool) -> Iterator[str]:
-        """The text in pieces of little more than PIECE characters. Raises UserError for a piece longer than LONGEST."""
+        """The text in pieces: each ends at the first safe cut after PIECE characters. Raises UserError if there is none in
+        the next LONGEST characters."""
         start = 0
         while start < len(text):
             cuts = (m.end() for m in CUT.finditer(text, start + PIECE))
             end = next((cut for cut in islice(cuts, 100) if self._is_safe(text, cut, specials)), len(text))
-            if end - start > LONGEST:
-                raise UserError(f"{end - start:,} characters from {text[start:start + 20]!r} on have no end of a word or a "
-                                f"line; the tokenizer takes at most {LONGEST:,} at once: break the text into lines")
+            if end - start > PIECE + LONGEST:
+                raise UserError(f"more than {LONGEST:,} characters, {text[start + PIECE:start + PIECE + 20]!r} and so on, "
+                                f"without the end of a word or a line: break the text into lines")
             yield text[start:end]
             start = end
 
