@@ -17,6 +17,7 @@ import functools
 import io
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from errors import UserError
-from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer  # noqa: F401  (others use data.load_tokenizer)
+from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, read_text, reason, shown  # noqa: F401
 from techniques.loss import IGNORE
 
 # ---------------------------------------------------------------------------------------------- templates
@@ -56,32 +57,79 @@ def load_template(spec: str, tokenizer: Tokenizer) -> str:
         raise UserError(f"--template chat: {tokenizer.folder} has no chat template; use alpaca, or a .jinja file")
     if spec in ("auto", "alpaca"):
         return ("{{ bos_token }}" if tokenizer.adds_bos else "") + ALPACA
+    if not is_file(spec):
+        raise UserError(f"--template {spec}: neither auto, chat, alpaca nor a readable file")
+    return read_text(Path(spec))
+
+
+def is_file(path) -> bool:
+    """Whether `path` is an ordinary file. A pipe or a device could be read for ever."""
     try:
-        return Path(spec).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--template {spec}: neither auto, chat, alpaca nor a readable file ({e})") from None
+        return Path(path).is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+SECONDS, MOST = 10, 10**6  # of CPU time for one conversation; characters that a template may add to it
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """A template is a program by a stranger. jinja2's sandbox keeps it away from Python's own functions. This class also
+    ends one that takes too long: the time is checked at each call, product, power and piece of output."""
+    intercepted_binops = frozenset({"*", "**"})
+    end = math.inf
+
+    def check(self, n_characters: int = 0, limit: int = 0):
+        if time.thread_time() > self.end:
+            raise UserError(f"the chat template takes longer than {SECONDS} s")
+        if n_characters > limit:
+            raise UserError(f"the chat template writes more than {limit:,} characters")
+
+    def call(self, *args, **kwargs):
+        self.check()
+        return super().call(*args, **kwargs)
+
+    def call_binop(self, context, operator, left, right):
+        lengths = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
+        self.check(lengths[0] * lengths[1] if lengths != [left, right] else 0, MOST)
+        if operator == "**" and abs(right) > 64:
+            raise UserError(f"the chat template takes a power above 64: {reason(right)}")
+        return super().call_binop(context, operator, left, right)
 
 
 @functools.lru_cache(maxsize=8)  # compiling takes longer than tokenising
 def compiled(template: str) -> jinja2.Template:
     def raise_exception(message):
         raise jinja2.TemplateError(message)
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     env.globals.update(raise_exception=raise_exception, strftime_now=lambda f: datetime.datetime.now().strftime(f))
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     return env.from_string(template)
 
 
 def render(template: str, messages: list[dict], tokenizer: Tokenizer, prompt: bool = False) -> str:
-    """messages -> text. With prompt=True the text ends with the words after which the model answers. Raises UserError."""
+    """messages -> text. With prompt=True the text ends with the words after which the model answers.
+
+    Raises UserError for a template that refuses the messages, fails, takes too long or writes too much.
+    """
     if ".input" not in template:  # the template does not use `input`: make it part of the content
         messages = [{"role": m["role"], "content": m["content"] + "\n\n" + m["input"]} if m.get("input") else m
                     for m in messages]
+    limit = MOST + 10 * sum(len(m["content"]) + len(m.get("input", "")) for m in messages)
     try:
-        return compiled(template).render(messages=messages, bos_token=tokenizer.bos or "", eos_token=tokenizer.eos,
-                                         add_generation_prompt=prompt, tools=None, documents=None)
+        jinja, text, n = compiled(template), [], 0
+        jinja.environment.end = time.thread_time() + SECONDS
+        for piece in jinja.generate(messages=messages, bos_token=tokenizer.bos or "", eos_token=tokenizer.eos,
+                                    add_generation_prompt=prompt, tools=None, documents=None):
+            text.append(piece)
+            jinja.environment.check(n := n + len(piece), limit)
     except jinja2.TemplateError as e:
-        raise UserError(f"the chat template refused the messages: {e}") from None
+        raise UserError(f"the chat template refused the messages: {reason(e)}") from None
+    except UserError:
+        raise
+    except Exception as e:  # it can raise whatever a program can: a division by zero, an endless recursion
+        raise UserError(f"the chat template fails: {type(e).__name__}: {reason(e)}") from None
+    return whole("".join(text))
 
 
 def learned_pieces(messages: list[dict], template: str, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -123,6 +171,8 @@ def read_rows(path) -> list[tuple[str, dict]]:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be read (it is a folder, a pipe or a device)")
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
@@ -132,7 +182,7 @@ def read_rows(path) -> list[tuple[str, dict]]:
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
     kind = path.suffix.lower()
-    rows = []
+    rows, n = [], 1
     try:
         if kind == ".json":
             value = json.loads(text)
@@ -147,6 +197,10 @@ def read_rows(path) -> list[tuple[str, dict]]:
             csv.field_size_limit(2 ** 31 - 1)  # documents can be longer than the default, 131,072 characters
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             rows = [(f"{path}:{reader.line_num}", r) for r in reader]
+            if twice := [c for c in reader.fieldnames or () if c and reader.fieldnames.count(c) > 1]:
+                raise UserError(f"{path}: two columns have the name {shown(twice[0])}")
+            if more := [where for where, r in rows if any(r.get(None, ()))]:
+                raise UserError(f"{more[0]}: more fields than the header has names; put a field with commas in quotes")
         elif kind == ".txt":
             rows = [(f"{path}", {"text": text})]
         else:
@@ -154,6 +208,9 @@ def read_rows(path) -> list[tuple[str, dict]]:
     except json.JSONDecodeError as e:
         line = e.lineno if kind == ".json" else n
         raise UserError(f"{path}:{line}: broken JSON ({e.msg}, column {e.colno})") from None
+    except (ValueError, RecursionError) as e:  # a number of 5,000 digits; 10,000 brackets inside each other
+        where = path if kind == ".json" else f"{path}:{n}"
+        raise UserError(f"{where}: JSON that cannot be read ({reason(e)})") from None
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num + 1}: broken CSV ({e})") from None  # line_num: of the last good row
     if not rows:
@@ -192,7 +249,7 @@ def to_messages(where: str, row: dict) -> list:
             for t in turns:
                 role, content = t.get(role_key), t.get(text_key)
                 if not isinstance(role, str) or role not in ROLES:
-                    raise UserError(f"{where}: {column}: role {role!r} is not one of {', '.join(ROLES)}")
+                    raise UserError(f"{where}: {column}: role {shown(role)} is not one of {', '.join(ROLES)}")
                 if not isinstance(content, str):
                     raise UserError(f"{where}: {column}: {text_key!r} must be text, found {type(content).__name__}")
                 messages.append({"role": ROLES[role], "content": whole(content)})
@@ -207,7 +264,8 @@ def to_messages(where: str, row: dict) -> list:
         return [(field("prompt"), False), (field("completion"), True)]
     if "text" in row:
         return [(field("text"), True)]
-    raise UserError(f"{where}: no known columns among {', '.join(map(str, row)) or 'none'}; expected {KNOWN}")
+    columns = reason(", ".join(map(str, row)) or "none")
+    raise UserError(f"{where}: no known columns among {columns}; expected {KNOWN}")
 
 
 def prompt_of(row: list) -> tuple[list, str] | None:
@@ -290,13 +348,13 @@ def build(rows: list[tuple[str, dict]], tokenizer: Tokenizer, template: str, max
         raw = bool(row) and isinstance(row[0], tuple)
         try:
             pieces = row if raw else learned_pieces(row, template, tokenizer)
+            if not pieces or not any(text for text, learn in row if learn) if raw else not any(
+                    m["role"] == "assistant" and m["content"] for m in row):
+                data.n_dropped += 1  # only the end-of-text token would be learned
+                continue
+            ids, learned = tokenize(pieces, tokenizer, bos=raw)
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
-        if not pieces or not any(text for text, learn in row if learn) if raw else not any(
-                m["role"] == "assistant" and m["content"] for m in row):
-            data.n_dropped += 1  # only the end-of-text token would be learned
-            continue
-        ids, learned = tokenize(pieces, tokenizer, bos=raw)
         if raw:
             ids.append(tokenizer.eos_id)
             learned.append(True)
@@ -334,6 +392,7 @@ def split(rows: list, fraction: float, seed: int) -> tuple[list, list]:
 # ---------------------------------------------------------------------------------------------- batches
 
 WINDOW_STEPS = 16
+PLANNED = 50_000  # steps: about a second
 
 
 def plan(lengths: list[int], batch_size: int, grad_accum: int, seed: int, epoch: int) -> list[list[list[int]]]:
@@ -384,9 +443,13 @@ class Plan:
         return [(p, n, i > 0) for i, (p, n) in enumerate(zip(positions, labels))]
 
     def largest(self, steps: range) -> dict[int, list[int]]:
-        """{step: its micro-batches that can make the peak of `steps`}: those that no other one exceeds in every respect."""
+        """{step: its micro-batches that can make the peak of `steps`}: those that no other one exceeds in every respect.
+
+        Of more than 3 epochs and PLANNED steps, only so many are looked at. Later epochs have the same examples in another
+        order, so a later micro-batch can still be a little larger.
+        """
         front, places = Front(), {}
-        for step in steps:
+        for step in steps[:max(PLANNED, 3 * self.steps_per_epoch)]:
             for i, size in enumerate(self.sizes(step)):
                 if front.add(size):
                     places[size] = (step, i)

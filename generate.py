@@ -10,6 +10,7 @@ costs the work of one token instead of T tokens. The cache takes, in bytes a tok
                                                              Llama 3.2 1B    2 * 16 * 8 * 64 * 2   =  33 kB
 """
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,11 +55,19 @@ def choose(logits, temperature: float, top_p: float, rng) -> int:
     Only the most likely tokens take part: the smallest set whose probabilities sum to top_p or more (nucleus sampling,
     arXiv:1904.09751). Temperature 0 takes the most likely token.
     """
-    if temperature == 0:
+    if temperature < 1e-5:  # (logits / temperature must not overflow)
         return int(logits.argmax())
     p, order = torch.softmax(logits.float() / temperature, -1).sort(descending=True)
     p[p.cumsum(-1) - p >= top_p] = 0  # the token that crosses top_p stays
     return int(order[torch.multinomial(p.cpu(), 1, generator=rng)])
+
+
+def check(max_new_tokens: int, temperature: float, top_p: float, seed: int):
+    """Raise UserError for an option out of its range. (nan is in no range.)"""
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise UserError(f"--temperature {temperature} must not be negative or infinite, --top-p {top_p} must be in (0, 1]")
+    if max_new_tokens < 1 or not 0 <= seed < 2**32:
+        raise UserError(f"--max-new-tokens {max_new_tokens} must be at least 1, --seed {seed} in 0 ... 4294967295")
 
 
 @torch.no_grad()
@@ -66,8 +75,7 @@ def stream(model, ids: list[int], max_new_tokens: int = 64, temperature: float =
            stop_ids=()) -> Iterator[int]:
     """Yield new token ids, up to and with the first stop id. It ends earlier after max_new_tokens, or when all of the
     model's positions are used. Raises UserError for options out of range, and for a prompt that is empty or too long."""
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"--temperature {temperature} must not be negative, --top-p {top_p} must be in (0, 1]")
+    check(max_new_tokens, temperature, top_p, seed)
     if not ids:
         raise UserError("the prompt is empty: there is nothing to continue")
     limit = model.config.n_positions
@@ -135,6 +143,7 @@ def main(argv=None):
     a = p.parse_args(argv)
     if a.prompt is not None and not a.raw and not a.prompt.strip():  # the model would answer to the empty template
         raise UserError("--prompt is empty: there is nothing to reply to")
+    check(a.max_new_tokens, a.temperature, a.top_p, a.seed)
     bits = a.bits or weights.stored_bits(weights.find(a.model))
     if not bits and a.adapter:
         _, trained = peft_files.trained_with(a.adapter)
@@ -145,9 +154,10 @@ def main(argv=None):
     if a.adapter:
         peft_files.load(model, a.adapter)
         saved = Path(a.adapter) / "chat_template.jinja"  # the template that the adapter was trained with
-        template = saved.read_text(encoding="utf-8") if saved.is_file() else template
+        template = data.read_text(saved) if saved.is_file() else template
 
     def answer(text):
+        text = data.whole(text)  # bytes that are not UTF-8 arrive as half characters
         if a.raw:
             row = [(text, False)]
             print(text, end="")
@@ -159,6 +169,8 @@ def main(argv=None):
 
     if a.prompt is not None:
         return answer(a.prompt)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")

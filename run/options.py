@@ -91,16 +91,28 @@ def default_lr(width: int, full: bool) -> float:
     return float(f"{5e-5 * (1 if full else 10) * (2000 / width) ** 0.781:.2g}")
 
 
+RANGES = [  # options, whether a value is possible (no comparison with nan is true), and the words of the refusal
+    ("max_length batch_size grad_accum epochs steps eval_every save_every", lambda n: n >= 1, "must be at least 1"),
+    ("lora_r", lambda n: n >= 1, "the rank must be at least 1 (or train every weight with --full)"),
+    ("batch_size", lambda n: n <= 10_000, "must be at most 10,000; for larger steps there is --grad-accum"),
+    ("ckpt_every warmup_steps weight_decay clip samples", lambda x: 0 <= x < math.inf,
+     "must not be negative, nan or infinite"),
+    ("lr lora_alpha", lambda x: 0 < x < math.inf, "must be a number above 0, or nothing is learned"),
+    ("lora_dropout", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
+    ("val_frac", lambda x: 0 <= x <= 1, "must be from 0 to 1"),
+    ("seed", lambda n: 0 <= n < 2**32, "must be from 0 to 4294967295"),
+    ("max_length grad_accum epochs steps eval_every save_every ckpt_every warmup_steps samples lora_r",
+     lambda n: n < 2**31, "must be below 2147483648")]
+
+
 def resolve(cfg: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options, and refuse what does not go together. Reads no file. Raises UserError."""
     cfg = dataclasses.replace(cfg)
     default = TrainConfig()
-    for name in ("max_length", "batch_size", "grad_accum", "epochs", "steps", "eval_every", "save_every"):
-        if (value := getattr(cfg, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("ckpt_every", "warmup_steps", "weight_decay", "clip", "samples", "lr"):
-        if (value := getattr(cfg, name)) is not None and not 0 <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must not be negative")
+    for names, is_possible, words in RANGES:
+        for name in names.split():
+            if (value := getattr(cfg, name)) is not None and not is_possible(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: {words}")
     if cfg.full:
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "lora_init"):
             if getattr(cfg, name) != getattr(default, name):
@@ -128,7 +140,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
                         if cfg.compile else "--dry-run and --show-batch both stop the run; give one")
     if not (cfg.dry_run and cfg.device):
         cfg.device = usable_device(cfg.device)
-    elif not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", cfg.device):  # the predicted GPU need not be in this machine
+    elif not re.fullmatch(r"(cpu|cuda|mps)(:[0-9]{1,2})?", cfg.device):  # the predicted GPU need not be in this machine
         raise UserError(f"--device {cfg.device}: only cpu, cuda and mps")
     if cfg.compile:
         check_compiler(cfg.device)
@@ -146,6 +158,9 @@ def resolve_for(cfg: TrainConfig, config, stored: int | None):
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has {config.n_positions} positions")
     if cfg.ckpt_every > config.n_layer:
         raise UserError(f"--ckpt-every {cfg.ckpt_every} recomputes nothing: {cfg.model} has {config.n_layer} layers")
+    if not cfg.full and cfg.lora_r > config.n_embd:  # each layer has n_embd inputs or outputs: its rank is at most that
+        raise UserError(f"--lora-r {cfg.lora_r}: {cfg.model} is {config.n_embd} wide; an adapter of a higher rank has more "
+                        f"parameters and learns no more")
     cfg.lr = default_lr(config.n_embd, cfg.full) if cfg.lr is None else cfg.lr
 
 

@@ -2,6 +2,7 @@
 
 Starting PyTorch takes seconds. So most cases call main() in this process, and at least one for each program is a command.
 """
+import io
 import json
 import os
 import re
@@ -138,8 +139,26 @@ TRAIN = {
     "ckpt-every -1": ("--ckpt-every -1", "--ckpt-every -1: must not be negative"),
     "steps 0": ("--steps 0", "--steps 0: must be at least 1"),
     "steps and epochs": ("--steps 2 --epochs 2", "--steps and --epochs both say"),
-    "lr -1": ("--lr -1", "--lr -1.0: must not be negative"),
+    "lr -1": ("--lr -1", "--lr -1.0: must be a number above 0"),
     "lr nan": ("--lr nan", "--lr nan: must"),
+    "lr 0": ("--lr 0", "--lr 0.0: must be a number above 0, or nothing is learned"),
+    "alpha 0": ("--lora-alpha 0", "--lora-alpha 0.0: must be a number above 0"),
+    "alpha nan": ("--lora-alpha nan", "--lora-alpha nan: must be a number above 0"),
+    "alpha inf": ("--lora-alpha inf", "--lora-alpha inf: must be a number above 0"),
+    "dropout nan": ("--lora-dropout nan", "--lora-dropout nan: must be at least 0 and below 1"),
+    "clip nan": ("--clip nan", "--clip nan: must not be negative, nan or infinite"),
+    "weight decay inf": ("--weight-decay inf", "--weight-decay inf: must not be negative, nan or infinite"),
+    "val-frac nan": ("--val-frac nan", "--val-frac nan: must be from 0 to 1"),
+    "val-frac 2": ("--val-frac 2", "--val-frac 2.0: must be from 0 to 1"),
+    "seed -1": ("--seed -1", "--seed -1: must be from 0 to 4294967295"),
+    "seed 2**64": (f"--seed {2**64}", f"--seed {2**64}: must be from 0 to 4294967295"),
+    "rank of no use": ("--lora-r 33", "--lora-r 33: .*good is 32 wide; an adapter of a higher rank"),
+    "rank too large": (f"--lora-r {10**12}", f"--lora-r {10**12}: must be below 2147483648"),
+    "length too large": (f"--max-length {10**12}", f"--max-length {10**12}: must be below 2147483648"),
+    "batch too large": (f"--batch-size {10**12}", f"--batch-size {10**12}: must be at most 10,000"),
+    "samples too many": (f"--samples {10**12}", f"--samples {10**12}: must be below 2147483648"),
+    "steps too many": (f"--steps {10**12}", f"--steps {10**12}: must be below 2147483648"),
+    "GPU 1000": ("--dry-run --device cuda:1000", "--device cuda:1000: only cpu, cuda and mps"),
     "batch 0": ("--batch-size 0", "--batch-size 0: must be at least 1"),
     "device": ("--device nonsense", "--device nonsense: "),
     "device not here": ("--device cuda:77", "--device cuda:77: "),
@@ -183,7 +202,13 @@ GENERATE = {
     "adapter of another width": ("--prompt hi --model other --adapter run/adapter",
                                  r"adapter_model.safetensors: layer h.0.attn.c_attn is \(144, 48\), its adapter B \[96,"),
     "temperature": ("--prompt hi --temperature -1", "--temperature -1.0 must not be negative"),
+    "temperature nan": ("--model torn --prompt hi --temperature nan", "--temperature nan must not be"),  # before weights
+    "temperature inf": ("--prompt hi --temperature inf", "--temperature inf must not be negative or infinite"),
     "top-p": ("--prompt hi --top-p 0", r"--top-p 0.0 must be in \(0, 1\]"),
+    "top-p nan": ("--prompt hi --top-p nan", r"--top-p nan must be in \(0, 1\]"),
+    "no new tokens": ("--prompt hi --max-new-tokens 0", "--max-new-tokens 0 must be at least 1"),
+    "seed -1": ("--prompt hi --seed -1", "--seed -1 in 0 ... 4294967295"),
+    "seed 2**64": (f"--prompt hi --seed {2**64}", f"--seed {2**64} in 0 ... 4294967295"),
     "device": ("--prompt hi --device nonsense", "--device nonsense: "),
     "device not here": ("--prompt hi --device cuda:77", "--device cuda:77: "),
 }
@@ -262,6 +287,15 @@ def test_disk_full_while_training(place, tmp_path):
     assert not (out / "summary.json").exists()
     with pytest.raises(UserError, match="stopped before its first save"):
         train.main(train.parse(["--out", str(out), "--resume"]))
+
+
+def test_prompts_that_are_not_utf8(place, monkeypatch, capsys):
+    """Such bytes arrive as half characters on the command line, and as an exception from standard input."""
+    few = ["--model", str(place / "good"), "--raw", "--max-new-tokens", "1", "--temperature", "1e-300"]
+    generate.main([*few, "--prompt", "caf\udce9"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    generate.main(few)
+    assert capsys.readouterr().out.count("caf\ufffd") == 2
 
 
 def test_the_good_ones_work(place, tmp_path, capsys):

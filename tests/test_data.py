@@ -5,7 +5,9 @@ A name such as trl#598 is a GitHub issue: the bug that the test looks for, in an
 import csv
 import io
 import json
+import os
 import re
+import time
 
 import pytest
 import torch
@@ -300,6 +302,34 @@ def test_a_template_that_refuses_names_the_row(tokenizers_by_name):
         build([{"messages": CHAT}, bad], ours, strict)
 
 
+@pytest.mark.parametrize("template, says", [
+    ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 1 + 'a' }}", "TypeError"), ("{{ messages[5].content }}", "no element 5"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"), ("{{ " + "(" * 5000 + "1", "ecursionError"),
+    ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "SyntaxError"), ("{% for", "refused the messages: unexpected"),
+    ("{{ raise_exception('a\\nb') }}", "refused the messages: a b$"), ("{{ range(10 ** 9) }}", "OverflowError"),
+    ("{% include 'x' %}", "TypeError"), ("{{ messages | tojson(indent=messages) }}", "TypeError"),
+    ("{{ 'a' * 10 ** 12 }}", "writes more than 1,000,000 characters"), ("{{ 10 ** 12 * [1] }}", "writes more than"),
+    ("{{ 10 ** 10 ** 10 }}{{ 9 ** (9 ** 9) }}", "a power above 64"),
+    ("{% for i in range(99999) %}{{ 'abcdefghi' * 9 }}{% endfor %}", "writes more than 1,000,"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "longer than 0.2 s"),
+    ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "longer than 0.2 s"),
+])
+def test_a_template_that_fails(nano, monkeypatch, template, says):
+    monkeypatch.setattr(data, "SECONDS", 0.2)
+    start = time.thread_time()
+    with pytest.raises(UserError, match="^f:1: the chat template .*" + says) as e:
+        build([{"messages": CHAT}], nano, template)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500 and time.thread_time() - start < 2
+
+
+def test_what_a_template_may_do(nano):
+    """Half a character, a product and a power; and much text, as long as the messages are long too."""
+    long = [{"role": "user", "content": "abc " * 600_000}, CHAT[1]]
+    assert data.render("{{ '=' * 3 }}{{ 2 ** 8 * 2 }}{{ '\\ud83d' }}", CHAT, nano) == "===512\ufffd"
+    text = data.render("{% for m in messages %}{{ m.content }}{% endfor %}", long, nano)
+    assert text == long[0]["content"] + CHAT[1]["content"]
+
+
 def test_a_template_without_end_token_gets_one(nano):
     e = build([{"messages": CHAT}], nano, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
               "{% if add_generation_prompt %}assistant: {% endif %}").examples[0]
@@ -316,6 +346,11 @@ def test_load_template(tmp_path, nano, tokenizers_by_name):
         data.load_template("chat", plain)
     with pytest.raises(UserError, match="neither auto, chat, alpaca nor a readable file"):
         data.load_template("chatlm", nano)
+    for spec in (str(tmp_path), "/dev/zero", "a" * 300):
+        with pytest.raises(UserError, match="neither auto, chat, alpaca nor a readable file"):
+            data.load_template(spec, nano)
+    with pytest.raises(UserError, match=r"b\.jinja: cannot be read as UTF-8 text"):
+        data.load_template(str(write(tmp_path / "b.jinja", b"\xff")), nano)
     assert data.load_template(str(write(tmp_path / "t.jinja", "x")), nano) == "x"
     for named in (CHATML, [{"name": "tool_use", "template": "no"}, {"name": "default", "template": CHATML}]):
         byte_level(tmp_path / "m", chat_template=named)
@@ -472,6 +507,13 @@ BAD = [
     ("d.jsonl", ROW + '{"messages": "hello"}', r"d\.jsonl:2: field 'messages' must be a list of objects"),
     ("d.csv", 'prompt,completion\na,b\n"c" d,e\n', r"d\.csv:3: broken CSV"),
     ("d.csv", 'prompt,completion\na,b\n"c,d\n', r"d\.csv:3: broken CSV \(unexpected end of data"),
+    ("d.jsonl", ROW + '{"text": "a", "id": ' + "9" * 5000 + "}", r"d\.jsonl:2: JSON that cannot be read \(.*digits"),
+    ("d.jsonl", ROW + '{"text": ' + "[" * 100_000, r"d\.jsonl:2: JSON that cannot be read \(.*recursion"),
+    ("d.json", "[" * 100_000, r"d\.json: JSON that cannot be read \(.*recursion"),
+    ("d.jsonl", ROW + '{"a\\nb": 1, "' + "x" * 9999 + '": 2}', r"d\.jsonl:2: no known columns among a b, x{200,300}; exp"),
+    ("d.jsonl", ROW + json.dumps({"messages": [{"role": "x" * 9999, "content": ""}]}), r"d\.jsonl:2: .* role 'x{20,99} is"),
+    ("d.csv", "prompt,completion\na,b\nc,d, e\n", r"d\.csv:3: more fields than the header has names"),
+    ("d.csv", "text,text\na,b\n", r"d\.csv: two columns have the name 'text'"),
     ("d.parquet", "PAR1", r"d\.parquet: unknown kind of file"),
 ]
 
@@ -479,12 +521,15 @@ BAD = [
 @pytest.mark.parametrize("name,content,message", BAD, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(BAD)])
 def test_errors_name_file_and_line(tmp_path, nano, alpaca, name, content, message):
     path = write(tmp_path / name, content)
-    with pytest.raises(UserError, match="^" + re.escape(f"{tmp_path}/") + message):
+    with pytest.raises(UserError, match="^" + re.escape(f"{tmp_path}/") + message) as e:
         data.build(data.read_rows(path), nano, alpaca, 512)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 1000
 
 
-def test_a_missing_file_or_a_folder(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
+def test_a_missing_file_a_folder_and_a_pipe(tmp_path):
+    """A pipe that nobody writes into, or a device without an end, would be read for ever."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "pipe.jsonl", tmp_path / ("a" * 300), "/dev/zero"):
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}: cannot be read"):
             data.read_rows(path)
 
@@ -552,6 +597,18 @@ def test_the_largest_micro_batches(how, pack):
     undominated = {a for a in sizes.values()
                    if not any(b != a and b[0] >= a[0] and b[1] >= a[1] and b[2] >= a[2] for b in sizes.values())}
     assert chosen == undominated and len(chosen) > 1
+
+
+def test_the_largest_micro_batches_of_a_long_run(monkeypatch):
+    """No run is planned to its end before it starts: 20 million steps took minutes."""
+    examples = [data.Example([0] * n, [0] * n) for n in lengths_of(60)]
+    plan = data.Plan(data.Dataset(examples, []), 2, 1, seed=0)
+    monkeypatch.setattr(data, "PLANNED", 500)
+    start = time.process_time()
+    assert plan.largest(range(1, 10**9)) == plan.largest(range(1, 501)) != plan.largest(range(1, 91))
+    assert time.process_time() - start < 5
+    monkeypatch.setattr(data, "PLANNED", 5)  # three epochs, which is the default, are always planned to their end
+    assert plan.largest(range(1, 10**9)) == plan.largest(range(1, 91)) != plan.largest(range(1, 6))
 
 
 EXAMPLES = [data.Example([1, 2, 3], [IGNORE, 3, 9]), data.Example([4], [9]),

@@ -1,6 +1,7 @@
 """files/tokenizer.py gives the same ids as the reference libraries, for every kind of tokenizer file."""
 import base64
 import json
+import random
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 import data
 from errors import UserError
+from files import tokenizer
 
 SHARED = ROOT.parent / "shared" / "tokenizers"
 TEXTS = ["Hello world", "", " ", "a", " leading and trailing ", "It's we'll I'VE they'd don't 'quoted'", "x  y   z    \t\tw",
@@ -225,6 +227,75 @@ def test_merges_out_of_order_are_refused(tmp_path):
     assert data.load_tokenizer(str(tmp_path)).encode("Hi") == data.load_tokenizer("gpt2-nano").encode("Hi")
 
 
+def changed(vocab, **more):
+    return json.dumps({**vocab, **more})
+
+
+VOCAB, MERGES = nano_files()
+LINES = [" ".join(pair) for pair in MERGES]
+WRONG = [
+    ("tokenizer_config.json", '{"eos_token": 5}', "eos_token must be text, or an object with a `content`, found 5"),
+    ("tokenizer_config.json", '{"eos_token": "<nope>"}', "eos_token '<nope>' is no special token of the tokenizer"),
+    ("tokenizer_config.json", '{"bos_token": "<nope>"}', "bos_token '<nope>' is no special token of the tokenizer"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": []}', "added_tokens_decoder must be an object of objects"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"1": 5}}', "added_tokens_decoder must be an object of objects"),
+    ("tokenizer_config.json", '{"additional_special_tokens": [5]}', "additional_special_tokens must be a list of names"),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}', "chat_template must be text, or a list"),
+    ("tokenizer_config.json", '{"add_bos_token": "no"}', "add_bos_token must be true or false, found 'no'"),
+    ("special_tokens_map.json", '{"eos_token": ["a"]}', "eos_token must be text"),
+    ("special_tokens_map.json", '{"eos_token": {"content": "<nope>"}}', "eos_token '<nope>' is no special token"),
+    *[("config.json", json.dumps({"eos_token_id": i}), "eos_token_id .* is no token of the tokenizer .* 4,096")
+      for i in (4096, -1, True, 5.0, "5", 2**70, [4095, 4096], {"a": 1})],
+    ("config.json", '{"eos_token_id": 94}', r"the end-of-text token '.*' has the id 94, but its text is encoded as \["),
+    ("config.json", '{"eos_token_id": 4095, "vocab_size": 4095}', "gives the id 4095, but config.json's vocab_size is 4095"),
+    ("generation_config.json", '{"eos_token_id": [4095, 9999]}', "eos_token_id 9999 is no token of the tokenizer"),
+    *[("vocab.json", changed(VOCAB, the=i), "'the' has the id .*; a token is not empty, and its id is a whole number from 0")
+      for i in ("5", 1.5, -1, None, True, 2**31, float("nan"))],
+    ("vocab.json", changed(VOCAB, **{"": 4096}), "'' has the id 4096; a token is not empty"),
+    ("vocab.json", changed(VOCAB, more=5), "'more' and '.*' have the same id, 5"),
+    ("vocab.json", changed({k: v for k, v in VOCAB.items() if k != "\u00ff"}), "no token for the byte 255"),
+    ("merges.txt", "", "merges.txt: no line makes vocab.json's token '.*'; the file is not whole"),
+    ("merges.txt", "#version: 0.2\n", "merges.txt: no line makes vocab.json's token"),
+    ("merges.txt", "\n".join(LINES[:-1]), "merges.txt: no line makes vocab.json's token"),
+    ("merges.txt", "\n".join(["".join(LINES[0].split()), *LINES[1:]]), "merges.txt: does not match vocab.json"),
+    ("merges.txt", b"\xff", "merges.txt: cannot be read as UTF-8 text"),
+    ("chat_template.jinja", b"\xff", "chat_template.jinja: cannot be read as UTF-8 text"),
+]
+
+
+@pytest.mark.parametrize("name, content, says", WRONG, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(WRONG)])
+def test_wrong_files_are_refused_by_name(tmp_path, name, content, says):
+    for f in ("vocab.json", "merges.txt"):
+        shutil.copy(NANO / f, tmp_path / f)
+    write_json(tmp_path / "config.json", {"eos_token_id": 4095, "vocab_size": 4096})
+    assert data.load_tokenizer(str(tmp_path)).eos_id == 4095
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=says) as e:
+        data.load_tokenizer(str(tmp_path))
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_a_character_that_stands_for_no_byte(tmp_path):
+    (tmp_path / "merges.txt").write_text("\n".join([*LINES, "<\u4e2d> a"]), encoding="utf-8")
+    write_json(tmp_path / "vocab.json", {**VOCAB, "<\u4e2d>": 4096, "<\u4e2d>a": 4097})
+    write_json(tmp_path / "config.json", {"eos_token_id": 4095})
+    with pytest.raises(UserError, match=r"vocab\.json: a token has the character '\u4e2d', which stands for no byte"):
+        data.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("line", [b"IQ==", b"IQ== 5 5", b"IQ== x", b"I Q== 0", b"IQ= 0", b"YW!Ji 256", b"IQ== -1", b"IQ== 0",
+                                  b"IQ== 300", b"IQ== " + b"9" * 5000, b"\xff\xff 5"])
+def test_wrong_lines_in_llama3s_tokenizer_model(tmp_path, line):
+    """Also a rank twice, and a rank that leaves a hole: the ids of the special tokens follow the number of lines."""
+    good = [base64.b64encode(bytes([b])) + b" %d" % b for b in range(256)]
+    write_json(tmp_path / "config.json", {"eos_token_id": 257})
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(good) + b"\n")
+    assert data.load_tokenizer(str(tmp_path)).encode("a<|end_of_text|>", specials=True) == [97, 257]
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join([*good, line]))
+    with pytest.raises(UserError, match=r"tokenizer\.model: (not lines of a token in base64|the ranks of its 257)"):
+        data.load_tokenizer(str(tmp_path))
+
+
 def test_no_or_broken_tokenizer(tmp_path):
     write_json(tmp_path / "config.json", {"eos_token_id": 0})
     with pytest.raises(UserError, match="no tokenizer in it"):
@@ -394,6 +465,90 @@ def test_metaspace_tokenizer_json(sp, tmp_path, scheme):
     for text in TEXTS:
         assert ours.encode(text, specials=True) == tok.encode(text, add_special_tokens=False).ids, text
     continued_pieces(ours, lambda text: tok.encode(text, add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "sentencepiece"])
+def test_an_end_token_that_the_vocabulary_lacks(sp, tmp_path, kind):
+    """And one that it has, but does not call special: its role makes it special."""
+    if kind == "sentencepiece":
+        shutil.copy(sp[0] / "tokenizer.model", tmp_path)
+        word = sp[1].id_to_piece(400)
+    else:
+        word = byte_level(tmp_path).id_to_token(400)
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<nope>"})
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: eos_token '<nope>' is no special token"):
+        data.load_tokenizer(str(tmp_path))
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": word})
+    ours = data.load_tokenizer(str(tmp_path))
+    assert (ours.eos, ours.eos_id) == (word, 400) and ours.encode(f"yes{word}", specials=True)[-1] == 400
+
+
+# ---------------------------------------------------------------------------------------------- long texts
+
+PARTS = [*"aAb\u00e9z\u4e2d\u6587\u3002\uff0c\u5b57_19\u00bd\u00b2 \n\r\t'.,!-<>|/=",
+         *"\u00a0\u2028\u3000\x0b\x1c\x85\u0301\u200b\x00\u2581\u0120\u2167",
+         *[" ", "\n", "  ", "   ", "\r\n"] * 3, "'s", "'ll", "<|endoftext|>", "</s>", "<s>", "<|im_end|>", "the",
+         "def f(x):\n    return", "\U0001f44d", "e\u0301", "1234", ".\n", "\n\n"]
+
+
+def check_pieces(ours, monkeypatch, texts):
+    """Texts that are cut as often as possible have the same ids as in one piece."""
+    rng, cuts = random.Random(0), 0
+    for _ in range(texts):
+        text = "".join(rng.choices(PARTS, k=rng.randrange(10, 400)))
+        for specials, continued in ((False, False), (True, False), (False, True), (True, True)):
+            monkeypatch.setattr(tokenizer, "PIECE", 10**6)
+            whole = ours.encode(text, specials, continued)
+            monkeypatch.setattr(tokenizer, "PIECE", 7)
+            assert ours.encode(text, specials, continued) == whole, text
+            cuts += len(list(ours._pieces(text, specials))) - 1
+    assert cuts > 15 * texts
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi", "llama3", "tokenizer.json", "sentencepiece", "llama2 json"])
+def test_pieces_have_the_ids_of_the_whole_text(sp, tmp_path, monkeypatch, kind):
+    folder = tmp_path / "t"
+    if kind == "gpt2":
+        folder = NANO
+    elif kind == "phi":
+        phi_files(folder, NANO, 4096)
+    elif kind == "llama3":
+        folder.mkdir()
+        plain = data.load_tokenizer("gpt2-nano")
+        tokens = [bytes([b]) for b in range(256)] + sorted({plain.decode([i]).encode() for i in range(300, 4095)} - {b""})
+        tokens = list(dict.fromkeys(t for t in tokens if len(t) == 1 or b"\xef\xbf\xbd" not in t))
+        (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+        write_json(folder / "config.json", {"eos_token_id": len(tokens) + 1})
+    elif kind == "tokenizer.json":
+        byte_level(folder)
+    elif kind == "sentencepiece":
+        folder = sp[0]
+    else:
+        llama2_json(folder, sp[1])
+    check_pieces(data.load_tokenizer(str(folder)), monkeypatch, 12)
+
+
+def test_a_cut_that_would_change_the_ids_is_not_made(monkeypatch):
+    """With this added token, no cut is safe that has the token around it."""
+    ours = data.load_tokenizer("gpt2-nano")
+    whole = ours._encode
+    monkeypatch.setattr(ours, "_encode", lambda text, specials: [n for part in text.split("a b")
+                                                                 for n in [*whole(part, specials), 4095]][:-1])
+    text = "x a b y a b a b and a bit more a b"
+    for size in range(1, 9):
+        monkeypatch.setattr(tokenizer, "PIECE", size)
+        assert ours.encode(text) == ours._encode(text, False) and len(list(ours._pieces(text, False))) > 2
+
+
+def test_a_long_text_without_a_place_to_cut():
+    """Nothing reaches tiktoken's regular expressions, which end the process at a million spaces."""
+    ours = data.load_tokenizer("gpt2-nano")
+    long = " " * (tokenizer.LONGEST + tokenizer.PIECE)
+    assert ours.decode(ours.encode(long)) == long
+    with pytest.raises(UserError, match="f:1: more than 400,000 characters, ' {20}' and so on, without the end of a word"):
+        data.build([("f:1", {"text": long + "x"})], ours, "", 64)
+    with pytest.raises(UserError, match="more than 400,000"):
+        ours.encode("words " * 40_000 + "\u4e2d" * len(long))
 
 
 # ---------------------------------------------------------------------------------------------- Llama 3's tokenizer.model
