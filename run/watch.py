@@ -3,7 +3,8 @@
 The ledger (memory.py) makes a step slower, so it does not follow every step. It leaves out the first step, before which
 AdamW has no state. Memory grows with a micro-batch's positions and with its labels. So a step is followed unless, for each
 of its micro-batches, a followed one had at least as many positions and at least as many labels (data.Front). One of the
-followed steps has the peak of the run. The bundled run has 336 steps and follows 11 of them.
+followed steps has the peak of the run. The bundled run has 336 steps and follows 11 of them. (data.Plan.largest finds the
+largest ones beforehand, for the prediction.)
 """
 import contextlib
 
