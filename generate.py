@@ -10,9 +10,15 @@ costs the work of one token instead of T tokens. The cache takes, in bytes a tok
                                                              Llama 3.2 1B    2 * 16 * 8 * 64 * 2   =  33 kB
 """
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+    import terminal
+    terminal.start()
 
 import torch
 
@@ -20,6 +26,9 @@ import data
 from errors import UserError
 from files import peft_files, weights
 from techniques.device import usable_device
+
+if not hasattr(data, "load_tokenizer"):
+    raise ImportError(f"{data.__file__} is not Bytewise's data.py: put Bytewise's folder first, sys.path.insert(0, FOLDER)")
 
 
 class KVCache:
@@ -144,6 +153,7 @@ def main(argv=None):
         template = saved.read_text(encoding="utf-8") if saved.is_file() else template
 
     def answer(text):
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that the locale could not read
         if a.raw:
             row = [(text, False)]
             print(text, end="")
@@ -165,9 +175,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    terminal.run(main, needs_a_reader=True)

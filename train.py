@@ -20,6 +20,11 @@ import os
 import sys
 import time
 
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+    import terminal
+    terminal.start()
+
 import torch
 
 import data
@@ -163,9 +168,4 @@ def main(cfg: TrainConfig) -> dict:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        main(parse())
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    terminal.run(lambda: main(parse()))

@@ -38,6 +38,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import terminal
+
+if __name__ == "__main__":
+    terminal.start()
+
 import torch
 from tqdm import tqdm
 
@@ -395,9 +400,4 @@ def main(argv: list[str] | None = None) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(0 if main() else "error: some rows failed, see the notes below the table")
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    terminal.run(lambda: main() or sys.exit("error: some rows failed, see the notes below the table"))
