@@ -6,8 +6,8 @@
 Kills. A run of four steps that saves after each is ended, and then continued with --resume, over several sets of options:
 
     rename     SIGKILL just before or just after the n-th os.replace, for every n: every file of a run appears by a rename
-    moment     SIGKILL at a random moment, and in half of the cases another one while the run is continued
-    signal     SIGINT, SIGTERM or SIGHUP at a random moment: the run saves itself, and its exit status is 128 + the number
+    moment     death at a random moment after the n-th rename, and in half of the cases once more while the run is continued
+    signal     SIGINT, SIGTERM or SIGHUP at such a moment: the run saves itself, and its exit status is 128 + the number
 
 After each of them every JSON file must parse and every safetensors file open. The continued run must end with the files of a
 run that was never stopped: equal adapters, best adapters, states, losses and samples, bit for bit (times and memory are not
@@ -66,11 +66,10 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 # ------------------------------------------------------------------------------------------------------ one case, in a fork
 
-def fork(job, kill_after: float = SECONDS, signum: int = signal.SIGKILL) -> dict:
-    """Run job() in a child -> {"end": how it ended, "text": a result (JSON) or a line}. After kill_after seconds: signum.
+def fork(job) -> dict:
+    """Run job() in a child -> {"end": how it ended, "text": a result (JSON) or a line}.
 
-    end: "result", "error" (a UserError), "exit" (SystemExit), "traceback", "killed" (by SIGKILL or signum), "died" (by
-    another signal) or "hang".
+    end: "result", "error" (a UserError), "exit" (SystemExit), "traceback", "died" (text: the signal's number) or "hang".
     """
     read, write = os.pipe()
     if (pid := os.fork()) == 0:
@@ -80,27 +79,17 @@ def fork(job, kill_after: float = SECONDS, signum: int = signal.SIGKILL) -> dict
             json.dump(answer, f)
         os._exit(0)
     os.close(write)
-    answer, began, sent = b"", time.monotonic(), False
-    while True:
-        left = began + (SECONDS + kill_after if sent else kill_after) - time.monotonic()
-        if not select.select([read], [], [], max(0, left))[0]:
-            hang = kill_after == SECONDS or sent
-            os.kill(pid, signal.SIGKILL if hang else signum)
-            sent = True
-            if hang or signum == signal.SIGKILL:
-                break
-        elif part := os.read(read, 2**16):
-            answer += part
-        else:
+    answer, end = b"", time.monotonic() + SECONDS
+    while hangs := not select.select([read], [], [], max(0, end - time.monotonic()))[0] or (part := os.read(read, 2**16)):
+        if hangs is True:
+            os.kill(pid, signal.SIGKILL)
             break
+        answer += part
     os.close(read)
     _, status = os.waitpid(pid, 0)
-    if answer:
-        return json.loads(answer)
-    if sent and (kill_after == SECONDS or signum != signal.SIGKILL and os.WTERMSIG(status) == signal.SIGKILL):
+    if hangs:
         return {"end": "hang", "text": f"more than {SECONDS} s"}
-    end = "killed" if os.WTERMSIG(status) in (signal.SIGKILL, signum) else "died"
-    return {"end": end, "text": f"by signal {os.WTERMSIG(status)}"}
+    return json.loads(answer) if answer else {"end": "died", "text": str(os.WTERMSIG(status))}
 
 
 def in_child(job) -> dict:
@@ -263,30 +252,41 @@ def differing(a: dict, b: dict) -> str:
 
 # ------------------------------------------------------------------------------------------------------ kills
 
-def killing(n: int, after: bool):
-    """From now on the n-th os.replace of this process is the last thing it does (or, if not `after`, does not do)."""
-    replace, calls = os.replace, []
-
-    def dying(a, b):
-        calls.append(1)
-        if len(calls) < n or after:
-            replace(a, b)
-        if len(calls) == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.replace = dying
-
-
-def renames(base: Path, out: Path, options: dict) -> dict:
-    """A run that is not stopped: its files, and how often it renames."""
+def at_rename(n: int, act, before: bool = False):
+    """From now on this process calls act() just before or after its n-th os.replace. n = 0: now."""
     replace, calls = os.replace, []
 
     def counting(a, b):
         calls.append(1)
+        if len(calls) == n and before:
+            act()
+        replace(a, b)
+        if len(calls) == n and not before:
+            act()
+    os.replace = counting
+    if n == 0:
+        act()
+
+
+def kill(signum: int, delay: float = 0.0):
+    """End this process by a signal, at once or in `delay` seconds. An alarm without a handler ends it as SIGKILL does."""
+    if not delay:
+        os.kill(os.getpid(), signum)
+    if signum != signal.SIGKILL:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signum))
+    signal.setitimer(signal.ITIMER_REAL, delay)
+
+
+def renames(base: Path, out: Path, options: dict) -> dict:
+    """A run that is not stopped: its files, how often it renames, and the seconds from one rename to the next."""
+    replace, times = os.replace, [time.monotonic()]
+
+    def counting(a, b):
+        times.append(time.monotonic())
         replace(a, b)
     os.replace = counting
-    began = time.monotonic()
     train.main(config_of(base, out, options))
-    return {"files": left_by(out), "renames": len(calls), "seconds": time.monotonic() - began}
+    return {"files": left_by(out), "renames": len(times) - 1, "longest": max(b - a for a, b in zip(times, times[1:]))}
 
 
 def kill_case(base: Path, case: dict, whole: dict) -> dict:
@@ -299,20 +299,25 @@ def kill_case(base: Path, case: dict, whole: dict) -> dict:
         out = Path(place) / "run"
         cfg, state = config_of(base, out, RUNS[case["run"]]), out / "state" / "state.safetensors"
 
+        def end_it():
+            kill(case["signal"], 0 if case["how"] == "rename" else rng.uniform(0, whole["longest"]) ** 2 + 1e-4)
+
         def go():
-            if case["how"] == "rename":
-                killing(case["n"], case["after"])
+            at_rename(case["n"], end_it, case["before"])
             terminal.run(lambda: train.main(cfg))
 
-        def resume():
+        def resume(n=None):
+            if n is not None:
+                at_rename(n, end_it)
             train.main(TrainConfig(out=str(out), resume=True))
-        at_random, signum = rng.uniform(0, whole["seconds"]), case["signal"]
-        got = fork(go) if case["how"] == "rename" else fork(go, at_random, signum)
-        ended = got["end"] == "killed" and (signum == signal.SIGKILL or not state.is_file())
-        if not (got["end"] == "result" or ended or got == {"end": "exit", "text": str(128 + signum)}):
-            return {"end": f"after signal {signum}: {got['end']} {got['text']}"}
-        if case["how"] == "moment" and rng.random() < 0.5 and got["end"] == "killed":
-            fork(resume, rng.uniform(0, whole["seconds"]))
+        got = fork(go)
+        log = out / "metrics.jsonl"
+        past = not state.is_file() or '"step": 4, "loss"' in log.read_text()  # (the loop, in which a signal is waited for)
+        killed = got["end"] == "died" and int(got["text"]) in (signal.SIGKILL, signal.SIGALRM, *[case["signal"]] * past)
+        if not (got["end"] == "result" or killed or got == {"end": "exit", "text": str(128 + case["signal"])}):
+            return {"end": f"signal {case['signal']}: {got['end']} {got['text']}"}
+        if case["how"] == "moment" and killed and rng.random() < 0.5:
+            fork(lambda: resume(rng.randrange(10)))
         try:
             left_by(out)
         except Exception as e:  # whichever reader it comes from
@@ -422,7 +427,8 @@ def file_case(base: Path, case: dict, wanted: dict, keep: Path | None) -> dict:
         end, text = "same result", ""
     elif end == "result":
         beside = {f.name: f.read_bytes() for f in (base / path).parent.iterdir() if f.name in ("vocab.json", "merges.txt")}
-        right = mutations.has_a_meaning(name, old, new, beside, tokens_of(base, path))
+        absent = way == "link to nothing" and mutations.is_optional(name)
+        right = absent or mutations.has_a_meaning(name, old, new, beside, tokens_of(base, path))
         end, text = "another meaning" if right else "wrong", "" if right else f"another result: {text[:80]}"
     elif end == "error":
         end = "one line" if "\n" not in text else "wrong"
@@ -441,12 +447,14 @@ BAD = ("traceback", "died", "hang", "wrong")
 def kill_cases(n: int, seed: int, whole: dict) -> list[dict]:
     """n cases: every rename, before and after it, but at most n / 2 of them; then three random moments to one signal."""
     rng = random.Random(seed)
-    cases = [{"how": "rename", "run": run, "signal": signal.SIGKILL, "n": i, "after": after}
-             for run in RUNS for i in range(1, whole[run]["renames"] + 1) for after in (False, True)]
+    cases = [{"how": "rename", "run": run, "signal": signal.SIGKILL, "n": i, "before": before}
+             for run in RUNS for i in range(1, whole[run]["renames"] + 1) for before in (True, False)]
     cases = rng.sample(cases, min(len(cases), n // 2))
     for i in range(n - len(cases)):
         how, signals = ("signal", SIGNALS) if i % 4 == 3 else ("moment", [signal.SIGKILL])
-        cases.append({"how": how, "run": rng.choice(list(RUNS)), "signal": rng.choice(signals)})
+        run = rng.choice(list(RUNS))
+        cases.append({"how": how, "run": run, "signal": rng.choice(signals), "n": rng.randrange(whole[run]["renames"]),
+                      "before": False})
     return [{**case, "seed": f"{seed}/{i}"} for i, case in enumerate(cases)]
 
 

@@ -236,6 +236,12 @@ def good_log(data: bytes) -> bool:
     return all(isinstance(x := strict_json(line), dict) and type(x["step"]) is int for line in lines[:-2] if line)
 
 
+def is_optional(name: str) -> bool:
+    """Whether a model folder may lack the file."""
+    return name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+                    "chat_template.jinja")
+
+
 def has_a_meaning(name: str, old: bytes, new: bytes | None, beside: dict[str, bytes], tokens: dict[str, int]) -> bool:
     """Whether the new content of file `name` is well-formed, so that another result than the old one can be right.
 

@@ -30,10 +30,6 @@ def test_a_sample_of_the_campaign(tmp_path):
         assert first == cases == sum(others) and others[0] > 0  # (equal to the whole run; one line)
 
 
-def ends(job, **more) -> str:
-    return faults.fork(job, **more)["end"]
-
-
 def test_a_fork_reports_how_it_ended(monkeypatch):
     def fill():
         return len(bytes(3 * 10**9))
@@ -44,10 +40,22 @@ def test_a_fork_reports_how_it_ended(monkeypatch):
     assert faults.fork(refused) == {"end": "error", "text": "a line"}
     assert faults.fork(fill)["text"].startswith("MemoryError") and faults.fork(lambda: 1 / 0)["end"] == "traceback"
     assert faults.fork(lambda: sys.exit(3)) == {"end": "exit", "text": "3"}
-    assert ends(lambda: os.kill(os.getpid(), signal.SIGUSR1)) == "died"
-    assert ends(lambda: time.sleep(9), kill_after=0.05) == ends(lambda: os.kill(os.getpid(), signal.SIGKILL)) == "killed"
+    assert faults.fork(lambda: faults.kill(signal.SIGKILL)) == {"end": "died", "text": "9"}
+    assert faults.fork(lambda: [faults.kill(signal.SIGKILL, 0.01), time.sleep(9)]) == {"end": "died", "text": "14"}
+    assert faults.fork(lambda: [faults.kill(signal.SIGTERM, 0.01), time.sleep(9)]) == {"end": "died", "text": "15"}
     monkeypatch.setattr(faults, "SECONDS", 0.1)
-    assert ends(lambda: time.sleep(9), kill_after=0.1) == "hang"
+    assert faults.fork(lambda: time.sleep(9))["end"] == "hang"
+
+
+def test_renames_are_counted(tmp_path):
+    def job(n, before):
+        faults.at_rename(n, lambda: os._exit(0), before)
+        for i in range(3):
+            (tmp_path / "new").write_text(str(i))
+            os.replace(tmp_path / "new", tmp_path / "old")
+    for n, before, last in ((3, True, "1"), (2, True, "0"), (2, False, "1"), (9, True, "2"), (1, False, "0")):
+        faults.fork(lambda n=n, before=before: job(n, before))
+        assert (tmp_path / "old").read_text() == last
 
 
 def test_what_a_run_leaves_shows_every_difference(tmp_path):
