@@ -5,12 +5,17 @@
 merge       an adapter into its model: a plain Hugging Face folder, which runs as fast as the model (files/merging.py)
 """
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+    import terminal
+    terminal.start()
+
 import data
-from errors import UserError
 from files import merging, weights
 
 TEXT = ("The three primary colours are red, yellow and blue. In 1969 two people walked on the Moon, while a third waited in "
@@ -44,9 +49,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    terminal.run(main)

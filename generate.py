@@ -11,9 +11,15 @@ costs the work of one token instead of T tokens. The cache takes, in bytes a tok
 """
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+    import terminal
+    terminal.start()
 
 import torch
 
@@ -21,6 +27,9 @@ import data
 from errors import UserError
 from files import peft_files, weights
 from techniques.device import usable_device
+
+if not hasattr(data, "load_tokenizer"):
+    raise ImportError(f"{data.__file__} is not Bytewise's data.py: put Bytewise's folder first, sys.path.insert(0, FOLDER)")
 
 
 class KVCache:
@@ -157,7 +166,7 @@ def main(argv=None):
         template = data.read_text(saved) if saved.is_file() else template
 
     def answer(text):
-        text = data.whole(text)  # bytes that are not UTF-8 arrive as half characters
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that the locale could not read
         if a.raw:
             row = [(text, False)]
             print(text, end="")
@@ -169,8 +178,6 @@ def main(argv=None):
 
     if a.prompt is not None:
         return answer(a.prompt)
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -181,9 +188,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    terminal.run(main, needs_a_reader=True)

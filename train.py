@@ -17,9 +17,13 @@ short micro-batch more weight than one in a long micro-batch, and 8 micro-batche
 """
 import math
 import os
-import signal
 import sys
 import time
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+    import terminal
+    terminal.start()
 
 import torch
 
@@ -173,9 +177,4 @@ def main(cfg: TrainConfig) -> dict:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        main(parse())
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt as e:
-        sys.exit(128 + getattr(e, "signum", signal.SIGINT))
+    terminal.run(lambda: main(parse()))

@@ -12,6 +12,7 @@
     scaling     peak and time of a step against sequence length, batch and layers, with fitted laws
     speed       the machine's matrix limit in the run's own shapes and types (matrix_limit.py), then the share of it that
                 training reaches, here and in transformers + PEFT. Compare machines by this share, not by tokens/s
+    faults      no table of speeds: killed runs and damaged files, see faults.py; its options are its own
 
 A row is one command, `python train.py --model M OPTIONS --steps N --samples 0`. It is run --repeat times.
 
@@ -37,6 +38,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import terminal
+
+if __name__ == "__main__":
+    terminal.start()
 
 import torch
 from tqdm import tqdm
@@ -354,6 +360,9 @@ def run_bench(name: str, models: list[str], args, extra: list[str], command: str
 def main(argv: list[str] | None = None) -> bool:
     """Run one bench. True if all its rows ran. Raises UserError, and KeyboardInterrupt after the finished runs are saved."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["faults"]:
+        from bench import faults
+        return faults.main(argv[1:], machine_and_versions("faults", "cpu"))
     cut = argv.index("--") if "--" in argv else len(argv)
     argv, extra = argv[:cut], argv[cut + 1:]
     p = argparse.ArgumentParser(
@@ -395,9 +404,4 @@ def main(argv: list[str] | None = None) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(0 if main() else "error: some rows failed, see the notes below the table")
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    terminal.run(lambda: main() or sys.exit("error: some rows failed, see the notes below the table"))

@@ -429,7 +429,7 @@ def is_running(pid: int) -> bool:
 
 def write_text(path, text: str):
     with atomic(path) as tmp:
-        tmp.write_text(text, encoding="utf-8")
+        tmp.write_text(text, encoding="utf-8", errors="surrogateescape")  # a path in it may be no UTF-8
 
 
 def write_tensors(path, tensors: dict, metadata: dict[str, str] | None = None):

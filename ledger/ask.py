@@ -39,7 +39,8 @@ class Predictor:
         self.process, self.reason = None, ""
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ledger.predict"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                [sys.executable, "-m", "ledger.predict"], cwd=ROOT, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""},  # (which would hide the folder `ledger`)
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
         except OSError as e:  # no memory is left for another process, for example
             self.reason = str(e)

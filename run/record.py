@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -198,7 +199,8 @@ def plot_losses(out: Path):
     ax.plot(*zip(*train), color="0.75", linewidth=0.8, label="training, each step")
     ax.plot([s for s, _ in train], smooth, color="0.2", linewidth=1.6, label="training, running mean")
     ax.plot(*zip(*val), "o--", color="tab:red", markersize=5, label="held-out")
-    ax.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)", title=out.name)
+    ax.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)")
+    ax.set_title(os.fsencode(out.name).decode("utf-8", "replace"), parse_math=False)  # any name that a folder can have
     ax.legend()
     ax.grid(alpha=0.3)
     with weights.atomic(out / "loss.png") as tmp:

@@ -12,10 +12,11 @@ from conftest import ROOT, make_data, make_folder
 MODELS = {"gpt2", "llama", "phi"}
 COMMANDS = {"train", "generate", "export"}
 # Floors, the lowest first. A file imports from its own floor and from those below.
-FLOORS = [{"errors"}, {"techniques"}, {*MODELS, "lora", "memory"}, {"files"}, {"data"}, {"run"}, {"ledger"}, COMMANDS,
-          {"bench"}]
-# Only two files import from a command: train.py takes generate.py's sampling, and the prediction runs the training step.
-FROM_COMMANDS = {("train", "generate"), ("ledger.predict", "train")}
+FLOORS = [{"errors", "terminal"}, {"techniques"}, {*MODELS, "lora", "memory"}, {"files"}, {"data"}, {"run"}, {"ledger"},
+          COMMANDS, {"bench"}]
+# Few files import from a command: train.py takes generate.py's sampling, the prediction runs the training step, the fault
+# campaign whole commands.
+FROM_COMMANDS = {("train", "generate"), ("ledger.predict", "train"), ("bench.faults", "train"), ("bench.faults", "generate")}
 FOLDERS = {"techniques", "files", "run", "ledger", "bench"}
 CORE = ("train", "gpt2", "lora", "techniques.loss", "techniques.recompute", "techniques.attention")
 
