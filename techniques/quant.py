@@ -325,7 +325,7 @@ def from_checkpoint(linear: nn.Module, weight: torch.Tensor, parts: dict) -> Low
             raise ValueError(f"its quant_state has {name} {state.get(name)!s:.99}, this model needs {value}")
     tables = {"quant_map": NF4, "nested_quant_map": DYNAMIC}
     for name in tables.keys() & parts.keys():
-        if parts[name].dtype != torch.float32 or not torch.equal(parts[name], tables[name]):
+        if not torch.equal(parts[name], tables[name]):
             raise ValueError(f"its {name} is another code than NF4's levels or the 8-bit dynamic code")
     double = "nested_absmax" in parts
     wanted = {"absmax": ((n // BLOCK,), torch.uint8 if double else torch.float32)}

@@ -228,7 +228,7 @@ def test_a_damaged_weight_is_named(folders, tmp_path):
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 4] = torch.nan
     weights.write_tensors(tmp_path / "m" / "model.safetensors", tensors)
-    with pytest.raises(UserError, match="layers.1.self_attn.q_proj.weight is not finite"):
+    with pytest.raises(UserError, match="layers.1.self_attn.q_proj.weight: a weight is not finite"):
         start(tmp_path / "m", "pissa", 32)
 
 
@@ -295,6 +295,13 @@ def test_loftq_is_saved_as_it_is_and_bound_to_its_bits(folders, tmp_path):
     for bits in (32, 16, 8):
         with pytest.raises(UserError, match=r"--bits 4, or merge"):
             peft_files.load(weights.load(folders["gpt2"], bits=bits), tmp_path)
+    whole = load_file(tmp_path / "start.safetensors")
+    wider = {k: torch.cat([t, t], 0 if ".lora_A." in k else 1) for k, t in whole.items()}
+    other = {k.replace("attn.c_attn", "attn.c_proj"): t[:32] if ".lora_B." in k else t for k, t in whole.items()}
+    for damaged in (wider, other):
+        weights.write_tensors(tmp_path / "start.safetensors", damaged)
+        with pytest.raises(UserError, match=r"start.safetensors: layer h.0.attn.c_\w+ does not fit the adapter"):
+            peft_files.load(weights.load(folders["gpt2"], bits=4), tmp_path)
     (tmp_path / "start.safetensors").unlink()
     with pytest.raises(UserError, match=r"start.safetensors: the file is missing"):
         peft_files.load(weights.load(folders["gpt2"], bits=4), tmp_path)
