@@ -27,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from errors import UserError
+from files.json_files import without_twins
 from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, read_text, reason, shown  # noqa: F401
 from techniques.loss import IGNORE
 
@@ -185,14 +186,14 @@ def read_rows(path) -> list[tuple[str, dict]]:
     rows, n = [], 1
     try:
         if kind == ".json":
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=without_twins)
             if not isinstance(value, list):
                 raise UserError(f"{path}: expected a JSON array of objects (one object a line is .jsonl)")
             rows = [(f"{path}: row {i}", r) for i, r in enumerate(value, 1)]
         elif kind == ".jsonl":
             for n, line in enumerate(text.split("\n"), 1):
                 if line.strip():
-                    rows.append((f"{path}:{n}", json.loads(line)))
+                    rows.append((f"{path}:{n}", json.loads(line, object_pairs_hook=without_twins)))
         elif kind == ".csv":
             csv.field_size_limit(2 ** 31 - 1)  # documents can be longer than the default, 131,072 characters
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)

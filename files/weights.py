@@ -399,15 +399,17 @@ def temporary(path: Path) -> Path:
 
 
 def remove_leftovers(folder, name: str | None = None):
-    """Remove the temporary files and folders that killed processes have left anywhere below `folder`.
+    """Remove the temporary files and folders that killed processes have left anywhere below `folder`, where no other process
+    writes now.
 
-    name: only those of this file or folder, directly in `folder`. A process that runs on another machine, over a shared
-    disk, is not seen: what it is writing would be removed, and it would stop with an error.
+    name: only those of this file or folder, directly in `folder`, where others may write. A process that runs on another
+    machine, over a shared disk, is not seen: what it is writing would be removed, and it would stop with an error.
     """
     folder = Path(folder)
-    for path in list(folder.rglob(".*.tmp*") if name is None else folder.glob(f".{glob.escape(name)}.tmp*")):
+    for path in list(folder.rglob(".*tmp*") if name is None else folder.glob(f".{glob.escape(name)}.tmp*")):
         pid = re.fullmatch(r"\..+\.tmp(\d{1,9})", path.name)
-        if pid and (int(pid[1]) == os.getpid() or not is_running(int(pid[1]))):  # (an earlier process had our number)
+        of_safetensors = name is None and re.fullmatch(r"\.tmp\w{6}", path.name)  # save_file writes to such a file first
+        if of_safetensors or pid and (int(pid[1]) == os.getpid() or not is_running(int(pid[1]))):  # (a number comes again)
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

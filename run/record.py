@@ -124,15 +124,16 @@ def log(out: Path, line: dict):
 
 
 def read_log(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl. A line that a killed run did not finish is left out."""
+    """The lines of metrics.jsonl. A last line that a killed run did not finish is left out. Raises UserError for others."""
     lines, path = [], out / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(UserError):
-            check(path, "line", value := parse_json(line, path), dict)
-            check(path, "step", value.get("step"), int)
-            for name in value.keys() & {"loss", "val_loss"}:
-                check(path, name, value[name], float)
-            lines.append(value)
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [""]
+    for n, text in enumerate(texts[:-1], 1):  # the last text is empty, or it is half a line
+        where = f"{path}:{n}"
+        check(where, "line", value := parse_json(text, where), dict)
+        check(where, "step", value.get("step"), int)
+        for name in value.keys() & {"loss", "val_loss"}:
+            check(where, name, value[name], float)
+        lines.append(value)
     return lines
 
 

@@ -21,7 +21,7 @@ from torch import nn
 import lora
 import memory
 from errors import UserError
-from files import hub, peft_files, weights
+from files import fingerprint, hub, peft_files, weights
 from files.json_files import check, checked, parse_json, read_json
 from run import record
 from run.options import TrainConfig
@@ -96,7 +96,8 @@ class Run:
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.cfg.device)
         numbers = {"step": self.step, "seen": self.seen, "scaler": self.scaler.state_dict()}
         tensors = {name: t.cpu() for name, t in tensors.items()}
-        weights.write_tensors(state_file(self.out), tensors, {"numbers": json.dumps(numbers)})
+        numbers = json.dumps(numbers)
+        weights.write_tensors(state_file(self.out), tensors, {"numbers": numbers, "sha256": fingerprint.of_text(numbers)})
 
     def load(self):
         """Raises UserError for a state that does not belong to this run."""
@@ -139,7 +140,10 @@ def saved_state(cfg: TrainConfig):
     path = state_file(cfg.out)
     with weights.opened(path) as f:
         try:
-            numbers = parse_json(weights.read_metadata(f, path)["numbers"], path)
+            metadata = weights.read_metadata(f, path)
+            if metadata.get("sha256", "") != fingerprint.of_text(metadata["numbers"]):
+                raise ValueError("its numbers were changed")
+            numbers = parse_json(metadata["numbers"], path)
             step, seen = numbers["step"], dict(numbers["seen"])
             if type(step) is not int or not 0 < step <= cfg.steps:
                 raise ValueError(f"step {step} of {cfg.steps}")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from errors import UserError
-from files import weights
+from files import fingerprint, weights
 from run import record, state
 from train import TrainConfig
 
@@ -229,7 +229,8 @@ def test_a_state_that_cannot_be(change, says, start, tmp_path):
     path = state.state_file(tmp_path / "run")
     with weights.opened(path) as f:
         numbers = json.loads(weights.read_metadata(f, path)["numbers"])
-    weights.write_tensors(path, load_file(path), {"numbers": json.dumps({**numbers, **change})})
+    text = json.dumps({**numbers, **change})
+    weights.write_tensors(path, load_file(path), {"numbers": text, "sha256": fingerprint.of_text(text)})
     with pytest.raises(UserError, match=f"not the state of this run .*({says})"):
         resume(tmp_path / "run")
 
@@ -239,12 +240,17 @@ def test_a_state_with_other_tensors(start, tmp_path):
     os.remove(tmp_path / "run" / "summary.json")
     path = state.state_file(tmp_path / "run")
     with weights.opened(path) as f:
-        numbers = weights.read_metadata(f, path)["numbers"]
+        metadata = weights.read_metadata(f, path)
     tensors = load_file(path)
     name = next(n for n in tensors if n.startswith("param/"))
+    metadata["numbers"] = metadata["numbers"].replace('"step": 4', '"step": 3')
+    weights.write_tensors(path, tensors, metadata)
+    with pytest.raises(UserError, match="its numbers were changed"):
+        resume(tmp_path / "run")
+    metadata["numbers"] = metadata["numbers"].replace('"step": 3', '"step": 4')
     for other in ({**tensors, name: tensors[name][1:]}, {**tensors, name: tensors[name].half()},
                   {n: t for n, t in tensors.items() if n != name}, {**tensors, "rng/cpu": torch.zeros(3)}):
-        weights.write_tensors(path, other, {"numbers": numbers})
+        weights.write_tensors(path, other, metadata)
         with pytest.raises(UserError, match="not the state of this run"):
             resume(tmp_path / "run")
 
