@@ -402,7 +402,8 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path, monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     names = {f".a.json.tmp{ended.pid}": False, f"deep/.b.safetensors.tmp{ended.pid}": False, f".c.tmp{os.getpid()}": False,
-             f".d.tmp{os.getppid()}": True, f"a.json.tmp{ended.pid}": True, ".e.tmp": True, ".f.tmpx": True, ".tmp1": True, "deep/.tmpAb12Cd": False,
+             f".d.tmp{os.getppid()}": True, f"a.json.tmp{ended.pid}": True, ".e.tmp": True, ".f.tmpx": True, ".tmp1": True,
+             "deep/.tmpAb12Cd": False,
              f".g.tmp{10**30}": True}
     (tmp_path / "deep").mkdir()
     for name in names:
