@@ -156,11 +156,13 @@ def saved_state(cfg: TrainConfig):
 
 
 def like(wanted: torch.Tensor, f, name: str) -> torch.Tensor:
-    """Tensor `name` of a state. Raises ValueError unless it has the shape and the type of `wanted`."""
+    """Tensor `name` of a state. Raises ValueError unless it is finite and has the shape and the type of `wanted`."""
     tensor = f.get_tensor(name)
     if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
         raise ValueError(f"{name} has shape {list(tensor.shape)} of {type_name(tensor.dtype)}, "
                          f"not {list(wanted.shape)} of {type_name(wanted.dtype)}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} is not finite")
     return tensor
 
 

@@ -248,7 +248,8 @@ def test_a_state_with_other_tensors(start, tmp_path):
     with pytest.raises(UserError, match="its numbers were changed"):
         resume(tmp_path / "run")
     metadata["numbers"] = metadata["numbers"].replace('"step": 3', '"step": 4')
-    for other in ({**tensors, name: tensors[name][1:]}, {**tensors, name: tensors[name].half()},
+    for other in ({**tensors, name: tensors[name] * torch.nan}, {**tensors, name: tensors[name][1:]},
+                  {**tensors, name: tensors[name].half()},
                   {n: t for n, t in tensors.items() if n != name}, {**tensors, "rng/cpu": torch.zeros(3)}):
         weights.write_tensors(path, other, metadata)
         with pytest.raises(UserError, match="not the state of this run"):
