@@ -26,6 +26,7 @@ import torch
 import data
 from errors import UserError
 from files import peft_files, weights
+from files.json_files import is_there
 from techniques.device import usable_device
 
 if not hasattr(data, "load_tokenizer"):
@@ -75,8 +76,8 @@ def check(max_new_tokens: int, temperature: float, top_p: float, seed: int):
     """Raise UserError for an option out of its range. (nan is in no range.)"""
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UserError(f"--temperature {temperature} must not be negative or infinite, --top-p {top_p} must be in (0, 1]")
-    if max_new_tokens < 1 or not 0 <= seed < 2**32:
-        raise UserError(f"--max-new-tokens {max_new_tokens} must be at least 1, --seed {seed} in 0 ... 4294967295")
+    if max_new_tokens < 0 or not 0 <= seed < 2**32:
+        raise UserError(f"--max-new-tokens {max_new_tokens} must not be negative, --seed {seed} in 0 ... 4294967295")
 
 
 @torch.no_grad()
@@ -153,6 +154,8 @@ def main(argv=None):
     if a.prompt is not None and not a.raw and not a.prompt.strip():  # the model would answer to the empty template
         raise UserError("--prompt is empty: there is nothing to reply to")
     check(a.max_new_tokens, a.temperature, a.top_p, a.seed)
+    if a.max_new_tokens == 0:
+        raise UserError("--max-new-tokens 0 must be at least 1")
     bits = a.bits or weights.stored_bits(weights.find(a.model))
     if not bits and a.adapter:
         _, trained = peft_files.trained_with(a.adapter)
@@ -163,7 +166,7 @@ def main(argv=None):
     if a.adapter:
         peft_files.load(model, a.adapter)
         saved = Path(a.adapter) / "chat_template.jinja"  # the template that the adapter was trained with
-        template = data.read_text(saved) if saved.is_file() else template
+        template = data.read_text(saved) if is_there(saved) else template
 
     def answer(text):
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that the locale could not read

@@ -345,8 +345,9 @@ def reply(model: Path, adapter: Path | None = None):
 
 def shown(base: Path, data: Path):
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        train.main(TrainConfig(model=str(base / "gpt2"), data=str(data), val_frac=0.25, device="cpu", batch_size=64,
-                               max_length=128, show_batch=True))
+        held_out = {"val_data": str(base / "rows.jsonl")} if data.suffix == ".txt" else {"val_frac": 0.25}  # one row
+        train.main(TrainConfig(model=str(base / "gpt2"), data=str(data), device="cpu", batch_size=64, max_length=128,
+                               show_batch=True, **held_out))
     return out.getvalue()
 
 

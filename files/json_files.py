@@ -36,6 +36,11 @@ def check_file(path: Path) -> int:
     return status.st_size
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file that may be absent is there. Raises UserError if something else has its name: it is not passed over."""
+    return path.exists() and check_file(path) >= 0
+
+
 def read_json(path) -> dict:
     """The object that a JSON file holds. Raises UserError."""
     path = Path(path)

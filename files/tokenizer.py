@@ -21,6 +21,7 @@ from pathlib import Path
 
 from errors import UserError
 from files import hub
+from files.json_files import is_there
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -79,7 +80,7 @@ def read_meta(folder: Path) -> tuple[dict, dict]:
     """(special_tokens_map.json and, with precedence, tokenizer_config.json, without nulls; key -> the file that has it)."""
     meta, source = {}, {}
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        for key, value in (hub.read_json(path) if path.is_file() else {}).items():
+        for key, value in (hub.read_json(path) if is_there(path) else {}).items():
             name = key.endswith("_token") and not key.startswith("add_")
             has_form, form = (is_name, "text, or an object with a `content`") if name else FORMS.get(key, (None, None))
             if value is not None and has_form and not has_form(value):
@@ -114,16 +115,16 @@ class Tokenizer:
         self.specials: dict[str, int] = {}
         self._newline = None
         self.bos = self.eos_id = None  # the tokenizer's file may set them; tokenizer_config.json takes precedence
-        if (folder / "tokenizer.json").is_file():
+        if is_there(folder / "tokenizer.json"):
             self._from_tokenizers(folder / "tokenizer.json", roles.values())
-        elif (folder / "tokenizer.model").is_file():
+        elif is_there(folder / "tokenizer.model"):
             with in_one_line(f"{folder / 'tokenizer.model'}: cannot be read"):
                 data = (folder / "tokenizer.model").read_bytes()
             if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", data):  # Llama 3: each line is a token in base64 and its rank
                 self._from_tiktoken(folder / "tokenizer.model", data)
             else:
                 self._from_sentencepiece(folder / "tokenizer.model", roles.values())
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        elif is_there(folder / "vocab.json") and is_there(folder / "merges.txt"):
             self._from_gpt2(folder, meta)
         else:
             raise UserError(f"{folder}: no tokenizer in it (tokenizer.json, tokenizer.model, or vocab.json + merges.txt)")
@@ -157,7 +158,7 @@ class Tokenizer:
         Set n_rows, the rows of the model's embedding (None if config.json does not say)."""
         self.stop_ids, self.n_rows = set(), None
         for path in (folder / "generation_config.json", folder / "config.json"):
-            config = hub.read_json(path) if path.is_file() else {}
+            config = hub.read_json(path) if is_there(path) else {}
             ids = config.get("eos_token_id")
             ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
             for i in ids:
@@ -174,7 +175,7 @@ class Tokenizer:
 
     @staticmethod
     def _read_template(folder: Path, meta: dict) -> str | None:
-        if (folder / "chat_template.jinja").is_file():
+        if is_there(folder / "chat_template.jinja"):
             return read_text(folder / "chat_template.jinja")
         template = meta.get("chat_template")
         if isinstance(template, list):  # several templates, each with a name
@@ -271,7 +272,7 @@ class Tokenizer:
         """The ordinary tokens of added_tokens.json: {text: id}. Those that tokenizer_config.json calls special (named) go to
         self.specials instead. Raises UserError for two tokens with one id and for options that only a tokenizer.json has."""
         path = folder / "added_tokens.json"
-        added = hub.read_json(path) if path.is_file() else {}
+        added = hub.read_json(path) if is_there(path) else {}
         check_ids(path, added, owner)
         for token, i in added.items():
             for option in ("lstrip", "rstrip", "single_word"):

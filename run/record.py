@@ -26,7 +26,7 @@ from tqdm import tqdm
 import memory
 from errors import UserError
 from files import weights
-from files.json_files import check, parse_json
+from files.json_files import check, is_there, parse_json
 from techniques.device import compute_dtype, device_of, type_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +126,7 @@ def log(out: Path, line: dict):
 def read_log(out: Path) -> list[dict]:
     """The lines of metrics.jsonl. A last line that a killed run did not finish is left out. Raises UserError for others."""
     lines, path = [], out / "metrics.jsonl"
-    texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [""]
+    texts = path.read_bytes().split(b"\n") if is_there(path) else [b""]
     for n, text in enumerate(texts[:-1], 1):  # the last text is empty, or it is half a line
         where = f"{path}:{n}"
         check(where, "line", value := parse_json(text, where), dict)

@@ -124,7 +124,7 @@ class Run:
             self.export(self.last)
         print(f"resumed {self.out} after step {self.step}")
         path, now = self.out / "config.json", record.arithmetic(self.cfg)
-        check(path, "arithmetic", before := read_json(path).get("arithmetic", now), dict)
+        before = read_json(path)["arithmetic"]
         if before.get("products") != now["products"]:
             print(f"its products ran in {before.get('products')} until here, now run in {now['products']} ({now['why']}); "
                   f"the run will not equal an uninterrupted one bit for bit")
@@ -196,10 +196,12 @@ def options_of_run(cfg: TrainConfig) -> TrainConfig:
     if not state.is_file():
         raise UserError(f"--resume: {state} is missing, the run was stopped before its first save; remove "
                         f"{cfg.out} and start it again")
-    saved = read_json(path).get("options")
-    if not isinstance(saved, dict):
-        raise UserError(f"{path}: no options in it")
-    checked(TrainConfig, saved, path)
+    config = read_json(path)
+    for name, kind in {"options": dict, "versions": dict, "arithmetic": dict, "seed": int}.items():
+        check(path, name, config.get(name), kind)
+    for name, text in {**config["versions"], **config["arithmetic"]}.items():
+        check(path, name, text, str)
+    checked(TrainConfig, saved := config["options"], path)
     if missing := [f.name for f in dataclasses.fields(TrainConfig) if f.name not in (*saved, *record.NOT_SAVED)]:
         raise UserError(f"{path}: option {missing[0]} is missing (the run is of another version)")
     if missing := [name for name in RESOLVED if saved[name] is None]:

@@ -94,8 +94,8 @@ TOGGLES = [
     {**FULL, **AMP, "optimizer": "paged_adamw8bit", "ckpt_every": 1},
     {**FULL, **AMP, "optimizer": "offload_adamw"}, {**FULL, "optimizer": "offload_adamw", "ckpt_every": 2},
     {**AMP, **ALL, "lora_r": 16, "lora_dropout": 0.1},
-    {**AMP, **ALL, "bits": 4, "optimizer": "paged_adamw8bit", "lora_dropout": 0.05, "lora_r": 128},
-    {**AMP, **ALL, "bits": 8, "optimizer": "adamw8bit", "ckpt_every": 2, "lora_r": 128},
+    {**AMP, **ALL, "bits": 4, "optimizer": "paged_adamw8bit", "lora_dropout": 0.05, "lora_r": 32},
+    {**AMP, **ALL, "bits": 8, "optimizer": "adamw8bit", "ckpt_every": 2, "lora_r": 32},
     {**AMP, "bits": 4, "lora_init": "loftq"}, {**AMP, "lora_init": "pissa"},
     {**AMP, "bits": 8, "lora_init": "pissa", "ckpt_every": 1}, {"lora_targets": "lm_head"},
     {**AMP, "optimizer": "offload_adamw"}, {**FULL, **AMP, "from_scratch": True}, {**FULL, "weight_decay": 0.1, "clip": 0.0},
@@ -403,7 +403,7 @@ def test_a_child_says_the_same(shared, in_child, go):
     assert error.keys() == {"error"} and "TypeError" in error["error"] and "\n" not in error["error"]
     for _ in range(2):  # the same answer, whatever it was asked before
         assert child.ask(cfg, sizes).answer() == here
-        nf4 = dataclasses.replace(cfg, bits=4, optimizer="paged_adamw8bit", lora_r=128)
+        nf4 = dataclasses.replace(cfg, bits=4, optimizer="paged_adamw8bit", lora_r=32)
         assert child.ask(nf4, sizes).answer() == predicted(nf4, sizes) != here
     child.close()
     assert child.process.returncode == 0
@@ -434,7 +434,7 @@ def test_with_compile_nothing_is_predicted(shared, tmp_path, monkeypatch, capsys
 
 
 def test_a_prediction_leaves_the_process_as_it_was(shared, tmp_path, monkeypatch, on_device, go):
-    cfg = options("unused", shared / "gpt2", shared / "data.jsonl", amp=True, bits=4, optimizer="adamw8bit", lora_r=128,
+    cfg = options("unused", shared / "gpt2", shared / "data.jsonl", amp=True, bits=4, optimizer="adamw8bit", lora_r=32,
                   lora_dropout=0.1, ckpt_every=1, lora_targets="all", val_data=str(shared / "val.jsonl"))
     sizes, _, cfg = ask.largest_steps(train.resolve(cfg))
     device = on_device()

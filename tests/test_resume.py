@@ -235,6 +235,47 @@ def test_a_state_that_cannot_be(change, says, start, tmp_path):
         resume(tmp_path / "run")
 
 
+@pytest.mark.parametrize("name, value", [("arithmetic", None), ("arithmetic", {"products": 1}), ("versions", []),
+                                         ("seed", "0"), ("inputs", 3), ("options", [])])
+def test_a_config_of_a_run_that_cannot_be(name, value, start, tmp_path):
+    start()
+    os.remove(tmp_path / "run" / "summary.json")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(UserError, match=r"config\.json: .* must be"):
+        resume(tmp_path / "run")
+
+
+def test_the_options_of_a_run_are_complete_and_possible(start, tmp_path):
+    start()
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    for name, value, says in (("lora_r", "8", "lora_r must be an integer"), ("steps", None, "steps is null"),
+                              ("lr", 10**400, "lr"), ("seed", ..., "seed is missing"), ("new", 1, "'new' is not known"),
+                              ("amp", 0, "amp must be")):
+        options = {**config["options"], name: value}
+        if value is ...:
+            del options[name]
+        path.write_text(json.dumps({**config, "options": options}))
+        with pytest.raises(UserError, match=says):
+            resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("line", [b"{", b'"loss"', b'{"step": "1"}', b'{"step": 1, "loss": null}', b'{"step": 1, "\xe9": 2}',
+                                  ...])
+def test_a_damaged_line_of_the_log(line, start, tmp_path):
+    start()
+    os.remove(tmp_path / "run" / "summary.json")
+    path = tmp_path / "run" / "metrics.jsonl"
+    if line is ...:
+        os.remove(path)
+        path.mkdir()
+    else:
+        path.write_bytes(line + b"\n" + path.read_bytes())
+    with pytest.raises(UserError, match=r"metrics\.jsonl:(1| not a regular file)"):
+        resume(tmp_path / "run")
+
+
 def test_a_state_with_other_tensors(start, tmp_path):
     start()
     os.remove(tmp_path / "run" / "summary.json")
