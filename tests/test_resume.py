@@ -300,13 +300,17 @@ def test_a_state_with_other_tensors(start, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
 def test_signals_end_a_run_as_ctrl_c_does(shared, tmp_path):
     """Slurm and `docker stop` send SIGTERM, a lost connection SIGHUP: the state is saved, the status names the signal."""
+    def as_in_a_terminal():  # (under nohup these tests' own SIGHUP is ignored, and a child inherits that)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     runs = []
     for signum in (signal.SIGTERM, signal.SIGHUP):
         out = tmp_path / signum.name
         words = ["--model", shared / "llama", "--data", shared / "data.jsonl", "--out", out, "--steps", "400",
                  "--samples", "0", "--save-every", "400", "--eval-every", "400", "--device", "cpu"]
         runs.append((signum, out, subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, words)], text=True,
-                                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)))
+                                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                                   preexec_fn=as_in_a_terminal)))
     for signum, out, p in runs:
         end = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() or len(lines(out)) < 3:
