@@ -141,7 +141,8 @@ def saved_state(cfg: TrainConfig):
     with weights.opened(path) as f:
         try:
             metadata = weights.read_metadata(f, path)
-            if metadata.get("sha256", "") != fingerprint.of_text(metadata["numbers"]):
+            sha256 = fingerprint.of_text(metadata["numbers"])
+            if metadata.get("sha256", sha256) != sha256:  # (older states have none)
                 raise ValueError("its numbers were changed")
             numbers = parse_json(metadata["numbers"], path)
             step, seen = numbers["step"], dict(numbers["seen"])
