@@ -27,8 +27,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from errors import UserError
-from files.json_files import without_twins
-from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, read_text, reason, shown  # noqa: F401
+from files import json_files
+from files.json_files import check_file, is_there, without_twins
+from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, read_text, reason  # noqa: F401
 from techniques.loss import IGNORE
 
 # ---------------------------------------------------------------------------------------------- templates
@@ -58,17 +59,11 @@ def load_template(spec: str, tokenizer: Tokenizer) -> str:
         raise UserError(f"--template chat: {tokenizer.folder} has no chat template; use alpaca, or a .jinja file")
     if spec in ("auto", "alpaca"):
         return ("{{ bos_token }}" if tokenizer.adds_bos else "") + ALPACA
-    if not is_file(spec):
-        raise UserError(f"--template {spec}: neither auto, chat, alpaca nor a readable file")
-    return read_text(Path(spec))
-
-
-def is_file(path) -> bool:
-    """Whether `path` is an ordinary file. A pipe or a device could be read for ever."""
     try:
-        return Path(path).is_file()
-    except OSError:  # a name that is too long
-        return False
+        check_file(Path(spec))
+    except UserError:
+        raise UserError(f"--template {spec}: neither auto, chat, alpaca nor a readable file") from None
+    return read_text(Path(spec))
 
 
 SECONDS, MOST = 10, 10**6  # of CPU time for one conversation; characters that a template may add to it
@@ -172,8 +167,7 @@ def read_rows(path) -> list[tuple[str, dict]]:
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: cannot be read (it is a folder, a pipe or a device)")
+        is_there(path)  # refuses a folder, a pipe and a device; a missing file is an OSError below
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
@@ -199,7 +193,7 @@ def read_rows(path) -> list[tuple[str, dict]]:
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             rows = [(f"{path}:{reader.line_num}", r) for r in reader]
             if twice := [c for c in reader.fieldnames or () if c and reader.fieldnames.count(c) > 1]:
-                raise UserError(f"{path}: two columns have the name {shown(twice[0])}")
+                raise UserError(f"{path}: two columns have the name {json_files.show(twice[0])}")
             if more := [where for where, r in rows if any(r.get(None, ()))]:
                 raise UserError(f"{more[0]}: more fields than the header has names; put a field with commas in quotes")
         elif kind == ".txt":
@@ -250,7 +244,7 @@ def to_messages(where: str, row: dict) -> list:
             for t in turns:
                 role, content = t.get(role_key), t.get(text_key)
                 if not isinstance(role, str) or role not in ROLES:
-                    raise UserError(f"{where}: {column}: role {shown(role)} is not one of {', '.join(ROLES)}")
+                    raise UserError(f"{where}: {column}: role {json_files.show(role)} is not one of {', '.join(ROLES)}")
                 if not isinstance(content, str):
                     raise UserError(f"{where}: {column}: {text_key!r} must be text, found {type(content).__name__}")
                 messages.append({"role": ROLES[role], "content": whole(content)})

@@ -51,6 +51,7 @@ from bench import plots, tables
 from errors import UserError
 from files import weights
 from files.hub import ASSETS
+from files.json_files import read_json
 from run import prepare, record
 from run.options import parse, resolve
 from techniques.device import usable_device
@@ -190,7 +191,7 @@ def run_one(row: dict, settings: dict) -> dict:
             raise RunFailed(killed + (lines[-1] if lines else f"exit status {done.returncode}"))
         if program != "train.py":
             return {**json.loads(done.stdout.splitlines()[-1]), "commit": commit()}
-        summary = weights.read_json(Path(tmp) / "run" / "summary.json")
+        summary = read_json(Path(tmp) / "run" / "summary.json")
         # Without the first two steps: the first one warms up, and the ledger always follows the second one.
         steps = [x["step_s"] for x in record.read_log(Path(tmp) / "run") if "step_s" in x][2:]
         line = re.search(r"training: ([\d,]+) examples, ([\d,]+) labelled tokens of ([\d,]+)", done.stdout)
@@ -206,8 +207,9 @@ def absolute(path: str) -> str:
 
 def without_paths(words: list[str]) -> list[str]:
     """A command as the tables show it: of a path only the last part, because the rest says something about one machine."""
-    return [",".join(Path(part).name if os.sep in part and Path(part).exists() else part for part in word.split(","))
-            for word in words]
+    def is_path(part):  # org/name is a model of the hub
+        return os.sep in part and (Path(part).exists() or Path(part).is_absolute())
+    return [",".join(Path(part).name if is_path(part) else part for part in word.split(",")) for word in words]
 
 
 def other_depth(model: str, layers: int, tmp: Path) -> str:
@@ -292,7 +294,7 @@ def earlier(path: Path, settings: dict, resume: bool) -> list[dict]:
     """The rows of the earlier bench in `path`, if their runs can be used again. Raises UserError if runs would be lost."""
     if not path.is_file():
         return []
-    old = weights.read_json(path)
+    old = read_json(path)
     if not resume:
         if not old["finished"]:
             raise UserError(f"{path} holds {n_runs(old['rows'])} runs of an unfinished bench: --resume, or delete it")

@@ -38,7 +38,7 @@ def check_file(path: Path) -> int:
 
 def is_there(path: Path) -> bool:
     """Whether a file that may be absent is there. Raises UserError if something else has its name: it is not passed over."""
-    return path.exists() and check_file(path) >= 0
+    return (path.exists() or path.is_symlink()) and check_file(path) >= 0  # (a link that leads nowhere does not exist)
 
 
 def read_json(path) -> dict:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from errors import UserError
 from files import hub
-from files.json_files import is_there
+from files.json_files import check_file, is_there, read_json, show
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -36,10 +36,6 @@ def reason(e: BaseException | str) -> str:
     return " ".join(str(e).split())[:300] or type(e).__name__
 
 
-def shown(value) -> str:
-    return reason(repr(value))[:60]
-
-
 @contextlib.contextmanager
 def in_one_line(what):
     """Inside, what a library raises becomes a UserError that begins with `what`."""
@@ -52,6 +48,7 @@ def in_one_line(what):
 
 
 def read_text(path: Path) -> str:
+    check_file(path)
     with in_one_line(f"{path}: cannot be read as UTF-8 text"):
         return path.read_text(encoding="utf-8")
 
@@ -80,11 +77,11 @@ def read_meta(folder: Path) -> tuple[dict, dict]:
     """(special_tokens_map.json and, with precedence, tokenizer_config.json, without nulls; key -> the file that has it)."""
     meta, source = {}, {}
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        for key, value in (hub.read_json(path) if is_there(path) else {}).items():
+        for key, value in (read_json(path) if is_there(path) else {}).items():
             name = key.endswith("_token") and not key.startswith("add_")
             has_form, form = (is_name, "text, or an object with a `content`") if name else FORMS.get(key, (None, None))
             if value is not None and has_form and not has_form(value):
-                raise UserError(f"{path}: {key} must be {form}, found {shown(value)}")
+                raise UserError(f"{path}: {key} must be {form}, found {show(value)}")
             if value is not None:
                 meta[key], source[key] = value, path
     return meta, source
@@ -94,7 +91,7 @@ def check_ids(path: Path, ids: dict, owner: dict[int, str]):
     """Raise UserError unless each token has text and an id of its own. owner: id -> token; the tokens are added to it."""
     for token, i in ids.items():
         if not token or type(i) is not int or not 0 <= i < 2**31:
-            raise UserError(f"{path}: {shown(token)} has the id {shown(i)}; a token is not empty, and its id "
+            raise UserError(f"{path}: {show(token)} has the id {show(i)}; a token is not empty, and its id "
                             f"is a whole number from 0")
         if owner.setdefault(i, token) != token:
             raise UserError(f"{path}: {token!r} and {owner[i]!r} have the same id, {i}")
@@ -130,7 +127,7 @@ class Tokenizer:
             raise UserError(f"{folder}: no tokenizer in it (tokenizer.json, tokenizer.model, or vocab.json + merges.txt)")
         for key, name in roles.items():
             if name and name not in self.specials:
-                raise UserError(f"{source[key]}: {key} {shown(name)} is no special token of the tokenizer beside it")
+                raise UserError(f"{source[key]}: {key} {show(name)} is no special token of the tokenizer beside it")
         self.bos, eos = roles.get("bos_token") or self.bos, roles.get("eos_token")
         self.eos_id = self.specials[eos] if eos else self.eos_id
         self._ids_from_config(folder)
@@ -158,12 +155,12 @@ class Tokenizer:
         Set n_rows, the rows of the model's embedding (None if config.json does not say)."""
         self.stop_ids, self.n_rows = set(), None
         for path in (folder / "generation_config.json", folder / "config.json"):
-            config = hub.read_json(path) if is_there(path) else {}
+            config = read_json(path) if is_there(path) else {}
             ids = config.get("eos_token_id")
             ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
             for i in ids:
                 if type(i) is not int or not 0 <= i < 2**31 or not self._has(i):
-                    raise UserError(f"{path}: eos_token_id {shown(i)} is no token of the tokenizer beside it, which "
+                    raise UserError(f"{path}: eos_token_id {show(i)} is no token of the tokenizer beside it, which "
                                     f"has {self.vocab_size:,}")
             self.stop_ids.update(ids)
             if self.eos_id is None and ids:
@@ -239,7 +236,7 @@ class Tokenizer:
         self.bos, self.adds_bos = "<|begin_of_text|>", True
 
     def _from_gpt2(self, folder: Path, meta: dict):
-        path, vocab, owner = folder / "vocab.json", hub.read_json(folder / "vocab.json"), {}
+        path, vocab, owner = folder / "vocab.json", read_json(folder / "vocab.json"), {}
         check_ids(path, vocab, owner)
         # vocab.json writes each byte as a printable character (GPT-2's bytes_to_unicode). byte_of is the way back.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -259,7 +256,7 @@ class Tokenizer:
         self.specials = {token: i for token, i in vocab.items() if token not in plain}
         for token in self.specials:  # of a merges.txt that is not whole, most words would be special
             if token not in named and not re.fullmatch(r"<.+>|\[.+\]", token, re.DOTALL):
-                raise UserError(f"{folder / 'merges.txt'}: no line makes vocab.json's token {shown(token)}; the file "
+                raise UserError(f"{folder / 'merges.txt'}: no line makes vocab.json's token {show(token)}; the file "
                                 f"is not whole, or tokenizer_config.json must name the token as special")
         try:
             ranks = {bytes(byte_of[ch] for ch in token): i for token, i in vocab.items() if token not in self.specials}
@@ -272,7 +269,7 @@ class Tokenizer:
         """The ordinary tokens of added_tokens.json: {text: id}. Those that tokenizer_config.json calls special (named) go to
         self.specials instead. Raises UserError for two tokens with one id and for options that only a tokenizer.json has."""
         path = folder / "added_tokens.json"
-        added = hub.read_json(path) if is_there(path) else {}
+        added = read_json(path) if is_there(path) else {}
         check_ids(path, added, owner)
         for token, i in added.items():
             for option in ("lstrip", "rstrip", "single_word"):

@@ -71,7 +71,7 @@ COMMON = {"dtype": str, "torch_dtype": str, "quantization_config": {
 # Limits that stop a damaged config.json before a model is built from it. Llama 4 has 10,485,760 positions, Llama 3.1 405B
 # has 126 layers; a layer without storage is built in a millisecond.
 LARGEST, MOST_LAYERS = 2**24, 1024
-LIMITS = {int: (1, LARGEST), float: (1e-12, 1e12)}
+LIMITS = {int: (1, LARGEST), float: (1e-12, 1e9)}
 # Checkpoint entries that are not weights: masks and rotary frequencies that older files store.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 # The matrices that write into the residual stream: `from_scratch` makes them smaller.

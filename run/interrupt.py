@@ -4,7 +4,8 @@
     SIGTERM    Slurm at the end of the time limit, `docker stop`, `kill`
     SIGHUP     the terminal is closed, or the ssh connection is lost (with `nohup` it is ignored, and stays ignored)
 
-A program that a signal has ended exits with the status 128 + the signal's number: 130, 143 or 129.
+A program that a signal has ended exits with the status 128 + the signal's number: 130, 143 or 129. Only a second Ctrl-C
+stops at once. A second SIGTERM or SIGHUP does not: both may come together (systemd), or one of them twice (`timeout`).
 """
 import contextlib
 import signal
@@ -20,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupt:
-    """`with Interrupt() as interrupt:` the first signal inside only sets `interrupt.seen`; a second one stops at once."""
+    """`with Interrupt() as interrupt:` a signal inside only sets `interrupt.seen`; Ctrl-C after it stops at once."""
 
     def __enter__(self):
         self.seen, self.before = None, {}
@@ -31,9 +32,9 @@ class Interrupt:
         return self
 
     def note(self, signum, frame):
-        if self.seen:
+        if self.seen and signum == signal.SIGINT:
             raise Interrupted(signum)
-        self.seen = signum
+        self.seen = self.seen or signum
 
     def __exit__(self, *error):
         for signum, handler in self.before.items():

@@ -172,11 +172,10 @@ def finished(cfg: TrainConfig) -> dict | None:
     if cfg.dry_run or cfg.show_batch:
         return None
     out = Path(cfg.out)
-    exported = out / ("model/config.json" if cfg.full else "adapter/adapter_config.json")
+    files = ["model/config.json" if cfg.full else "adapter/adapter_config.json", "samples.md", "loss.png", "summary.json"]
     with saved_state(cfg) as (_, numbers):
         done = numbers["step"]
-    if done < cfg.steps or not all(p.is_file() for p in (exported, out / "samples.md", out / "loss.png",
-                                                                    out / "summary.json")):
+    if done < cfg.steps or not all((out / f).is_file() for f in files):
         return None
     print(f"{out} is finished: {cfg.steps} of {cfg.steps} steps are taken, and every file is written")
     return read_json(out / "summary.json")

@@ -93,7 +93,7 @@ TRAIN = {
     "option of GPT-2": ("--model unscaled", "unscaled/config.json: scale_attn_weights"),
     "kind of model": ("--model exotic", "exotic/config.json: model_type 'mamba' is not supported"),
     "no data": ("--data none.jsonl", "none.jsonl: cannot be read .No such file"),
-    "data is a folder": ("--data good", "good: cannot be read"),
+    "data is a folder": ("--data good", "good: not a regular file"),
     "empty data": ("--data empty.jsonl", "empty.jsonl: the file is empty"),
     "blank data": ("--data blank.jsonl", "blank.jsonl: the file is empty"),
     "not UTF-8": ("--data latin.jsonl", "latin.jsonl: not UTF-8 at line 3"),

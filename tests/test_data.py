@@ -511,7 +511,8 @@ BAD = [
     ("d.jsonl", ROW + '{"text": ' + "[" * 100_000, r"d\.jsonl:2: JSON that cannot be read \(.*recursion"),
     ("d.json", "[" * 100_000, r"d\.json: JSON that cannot be read \(.*recursion"),
     ("d.jsonl", ROW + '{"a\\nb": 1, "' + "x" * 9999 + '": 2}', r"d\.jsonl:2: no known columns among a b, x{200,300}; exp"),
-    ("d.jsonl", ROW + json.dumps({"messages": [{"role": "x" * 9999, "content": ""}]}), r"d\.jsonl:2: .* role 'x{20,99} is"),
+    ("d.jsonl", ROW + json.dumps({"messages": [{"role": "x" * 9999, "content": ""}]}),
+     r"d\.jsonl:2: .* role 'x{20,40}\.\.\.x{20,40}' is"),
     ("d.csv", "prompt,completion\na,b\nc,d, e\n", r"d\.csv:3: more fields than the header has names"),
     ("d.csv", "text,text\na,b\n", r"d\.csv: two columns have the name 'text'"),
     ("d.parquet", "PAR1", r"d\.parquet: unknown kind of file"),
@@ -530,7 +531,7 @@ def test_a_missing_file_a_folder_and_a_pipe(tmp_path):
     """A pipe that nobody writes into, or a device without an end, would be read for ever."""
     os.mkfifo(tmp_path / "pipe.jsonl")
     for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "pipe.jsonl", tmp_path / ("a" * 300), "/dev/zero"):
-        with pytest.raises(UserError, match=f"^{re.escape(str(path))}: cannot be read"):
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))}: (cannot be read|not a regular file)"):
             data.read_rows(path)
 
 

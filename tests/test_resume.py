@@ -262,17 +262,17 @@ def test_the_options_of_a_run_are_complete_and_possible(start, tmp_path):
 
 
 @pytest.mark.parametrize("line", [b"{", b'"loss"', b'{"step": "1"}', b'{"step": 1, "loss": null}', b'{"step": 1, "\xe9": 2}',
-                                  ...])
+                                  ..., None])
 def test_a_damaged_line_of_the_log(line, start, tmp_path):
     start()
     os.remove(tmp_path / "run" / "summary.json")
     path = tmp_path / "run" / "metrics.jsonl"
-    if line is ...:
+    if line in (..., None):
         os.remove(path)
-        path.mkdir()
+        path.mkdir() if line is ... else path.symlink_to("nowhere")
     else:
         path.write_bytes(line + b"\n" + path.read_bytes())
-    with pytest.raises(UserError, match=r"metrics\.jsonl:(1| not a regular file)"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:(1| not a regular file| No such file)"):
         resume(tmp_path / "run")
 
 
@@ -334,7 +334,8 @@ def test_a_signal_that_is_ignored_stays_ignored():
         with Interrupt() as interrupt:
             os.kill(os.getpid(), signal.SIGHUP)
             assert interrupt.seen is None
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert interrupt.seen == signal.SIGTERM
+            for _ in range(2):  # a second one is no reason to stop before the state is saved
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert interrupt.seen == signal.SIGTERM
     finally:
         signal.signal(signal.SIGHUP, before)
