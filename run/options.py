@@ -105,14 +105,19 @@ RANGES = [  # options, whether a value is possible (no comparison with nan is tr
      lambda n: n < 2**31, "must be below 2147483648")]
 
 
+def check_ranges(cfg: TrainConfig, where: str = ""):
+    """Raises UserError for a value that is not possible; its message begins with `where`."""
+    for names, is_possible, words in RANGES:
+        for name in names.split():
+            if (value := getattr(cfg, name)) is not None and not is_possible(value):
+                raise UserError(f"{where}--{name.replace('_', '-')} {value}: {words}")
+
+
 def resolve(cfg: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options, and refuse what does not go together. Reads no file. Raises UserError."""
     cfg = dataclasses.replace(cfg)
     default = TrainConfig()
-    for names, is_possible, words in RANGES:
-        for name in names.split():
-            if (value := getattr(cfg, name)) is not None and not is_possible(value):
-                raise UserError(f"--{name.replace('_', '-')} {value}: {words}")
+    check_ranges(cfg)
     if cfg.full:
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "lora_init"):
             if getattr(cfg, name) != getattr(default, name):

@@ -24,7 +24,7 @@ from errors import UserError
 from files import fingerprint, hub, peft_files, weights
 from files.json_files import check, checked, parse_json, read_json
 from run import record
-from run.options import TrainConfig
+from run.options import TrainConfig, check_ranges
 from techniques.device import type_name
 from techniques.optim import AdamW
 
@@ -201,7 +201,7 @@ def options_of_run(cfg: TrainConfig) -> TrainConfig:
         check(path, name, config.get(name), kind)
     for name, text in {**config["versions"], **config["arithmetic"]}.items():
         check(path, name, text, str)
-    checked(TrainConfig, saved := config["options"], path)
+    check_ranges(checked(TrainConfig, saved := config["options"], path), f"{path}: ")  # (some are not used again: epochs)
     if missing := [f.name for f in dataclasses.fields(TrainConfig) if f.name not in (*saved, *record.NOT_SAVED)]:
         raise UserError(f"{path}: option {missing[0]} is missing (the run is of another version)")
     if missing := [name for name in RESOLVED if saved[name] is None]:

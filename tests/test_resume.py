@@ -252,7 +252,7 @@ def test_the_options_of_a_run_are_complete_and_possible(start, tmp_path):
     config = json.loads(path.read_text())
     for name, value, says in (("lora_r", "8", "lora_r must be an integer"), ("steps", None, "steps is null"),
                               ("lr", 10**400, "lr"), ("seed", ..., "seed is missing"), ("new", 1, "'new' is not known"),
-                              ("amp", 0, "amp must be")):
+                              ("amp", 0, "amp must be"), ("epochs", -1, r"config\.json: --epochs -1")):
         options = {**config["options"], name: value}
         if value is ...:
             del options[name]
