@@ -305,6 +305,7 @@ def kill_case(base: Path, case: dict, whole: dict) -> dict:
         def go():
             at_rename(case["n"], end_it, case["before"])
             terminal.run(lambda: train.main(cfg))
+            signal.setitimer(signal.ITIMER_REAL, 0)  # the run has ended before the signal: it must not meet this program
 
         def resume(n=None):
             if n is not None:

@@ -187,11 +187,18 @@ def alike(old, new) -> bool:
 
 
 def same_tensors(old: bytes, new: bytes) -> bool:
-    """Whether two safetensors files differ in finite numbers only."""
+    """Whether two safetensors files differ in finite numbers only. (Tensors may have exchanged their places, and so their
+    numbers: a file says nothing of where a tensor belongs.)"""
     (before, _), (after, body) = header_of(old), header_of(new)
     strict_json(new[8:len(new) - len(body)])
     floats = [body[slice(*t["data_offsets"])] for n, t in after.items() if n != "__metadata__" and t["dtype"] == "F32"]
-    return before == after and len(old) == len(new) and all(np.isfinite(np.frombuffer(x, "<f4")).all() for x in floats)
+
+    def names_and_places(header: dict) -> tuple:
+        tensors = {n: t for n, t in header.items() if n != "__metadata__"}
+        return ({n: {**t, "data_offsets": None} for n, t in tensors.items()}, header.get("__metadata__"),
+                sorted(t["data_offsets"] for t in tensors.values()))
+    return (names_and_places(before) == names_and_places(after) and len(old) == len(new)
+            and all(np.isfinite(np.frombuffer(x, "<f4")).all() for x in floats))
 
 
 def good_vocabulary(vocab: dict, merges: str) -> bool:
