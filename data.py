@@ -1,4 +1,4 @@
-"""From a data file to batches of token ids: rows -> messages -> learned pieces -> examples -> micro-batches.
+"""From data files to batches of token ids: rows -> messages -> learned pieces -> examples -> micro-batches.
 
 Three decisions. Each avoids a mistake that raises no error and trains the wrong thing:
 
@@ -10,306 +10,70 @@ Three decisions. Each avoids a mistake that raises no error and trains the wrong
   end-of-text token is a label like any other.
 * First the examples of an optimizer step are chosen, then they are split into micro-batches. So --batch-size 8 and
   --batch-size 2 --grad-accum 4 take the same steps, and --pack takes the same examples without padding between them.
+
+What a file holds is read in files/rows.py, what a row says in files/conversations.py. The token ids of all rows are in a few
+arrays (files/token_cache.py), and an example is cut out of them when a batch needs it.
 """
-import csv
-import datetime
 import functools
-import io
-import json
 import math
-import time
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import torch
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tqdm import tqdm
 
 from errors import UserError
-from files import json_files
-from files.json_files import check_file, is_there, without_twins
-from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, read_text, reason  # noqa: F401
+from files import conversations, rows, token_cache
+from files.conversations import Conversation
+from files.template import check_nothing_is_left_out, load_template, render  # noqa: F401
+from files.token_cache import Tokens
+from files.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, read_text  # noqa: F401
 from techniques.loss import IGNORE
 
-# ---------------------------------------------------------------------------------------------- templates
+# ---------------------------------------------------------------------------------------------- rows -> tokens
 
-# The Alpaca prompt (Taori et al., 2023), written as a chat template. So there is one mechanism for all prompts, and any tool
-# that reads chat_template.jinja can use the adapter. A user message may have an `input` besides its content.
-ALPACA = """\
-{%- for m in messages %}
-{%- if m.role == 'system' %}{{ m.content + '\n\n' }}
-{%- elif m.role == 'user' %}
-{%- if loop.first or messages[loop.index0 - 1].role == 'system' %}{{ 'Below is an instruction that describes a task' +
-(', paired with an input that provides further context' if m.input else '') +
-'. Write a response that appropriately completes the request.\n\n' }}{% endif %}
-{{- '### Instruction:\n' + m.content + '\n\n' + ('### Input:\n' + m.input + '\n\n' if m.input else '') }}
-{%- elif m.role == 'assistant' %}{{ '### Response:\n' + m.content + eos_token + ('' if loop.last else '\n\n') }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"""
-
-
-def load_template(spec: str, tokenizer: Tokenizer) -> str:
-    """The jinja source of a template. spec: "auto" (the checkpoint's own, else Alpaca), "chat" (the checkpoint's own),
-    "alpaca", or a .jinja file. Raises UserError."""
-    if spec in ("auto", "chat") and tokenizer.chat_template:
-        return tokenizer.chat_template
-    if spec == "chat":
-        raise UserError(f"--template chat: {tokenizer.folder} has no chat template; use alpaca, or a .jinja file")
-    if spec in ("auto", "alpaca"):
-        return ("{{ bos_token }}" if tokenizer.adds_bos else "") + ALPACA
-    try:
-        check_file(Path(spec))
-    except UserError:
-        raise UserError(f"--template {spec}: neither auto, chat, alpaca nor a readable file") from None
-    return read_text(Path(spec))
-
-
-SECONDS, MOST = 10, 10**6  # of CPU time for one conversation; characters that a template may add to it
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """A template is a program by a stranger. jinja2's sandbox keeps it away from Python's own functions. This class also
-    ends one that takes too long: the time is checked at each call, product, power and piece of output."""
-    intercepted_binops = frozenset({"*", "**"})
-    end = math.inf
-
-    def check(self, n_characters: int = 0, limit: int = 0):
-        if time.thread_time() > self.end:
-            raise UserError(f"the chat template takes longer than {SECONDS} s")
-        if n_characters > limit:
-            raise UserError(f"the chat template writes more than {limit:,} characters")
-
-    def call(self, *args, **kwargs):
-        self.check()
-        return super().call(*args, **kwargs)
-
-    def call_binop(self, context, operator, left, right):
-        lengths = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
-        self.check(lengths[0] * lengths[1] if lengths != [left, right] else 0, MOST)
-        if operator == "**" and abs(right) > 64:
-            raise UserError(f"the chat template takes a power above 64: {reason(right)}")
-        return super().call_binop(context, operator, left, right)
-
-
-@functools.lru_cache(maxsize=8)  # compiling takes longer than tokenising
-def compiled(template: str) -> jinja2.Template:
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    env.globals.update(raise_exception=raise_exception, strftime_now=lambda f: datetime.datetime.now().strftime(f))
-    env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    return env.from_string(template)
-
-
-def render(template: str, messages: list[dict], tokenizer: Tokenizer, prompt: bool = False) -> str:
-    """messages -> text. With prompt=True the text ends with the words after which the model answers.
-
-    Raises UserError for a template that refuses the messages, fails, takes too long or writes too much.
-    """
-    if ".input" not in template:  # the template does not use `input`: make it part of the content
-        messages = [{"role": m["role"], "content": m["content"] + "\n\n" + m["input"]} if m.get("input") else m
-                    for m in messages]
-    limit = MOST + 10 * sum(len(m["content"]) + len(m.get("input", "")) for m in messages)
-    try:
-        jinja, text, n = compiled(template), [], 0
-        jinja.environment.end = time.thread_time() + SECONDS
-        for piece in jinja.generate(messages=messages, bos_token=tokenizer.bos or "", eos_token=tokenizer.eos,
-                                    add_generation_prompt=prompt, tools=None, documents=None):
-            text.append(piece)
-            jinja.environment.check(n := n + len(piece), limit)
-    except jinja2.TemplateError as e:
-        raise UserError(f"the chat template refused the messages: {reason(e)}") from None
-    except UserError:
-        raise
-    except Exception as e:  # it can raise whatever a program can: a division by zero, an endless recursion
-        raise UserError(f"the chat template fails: {type(e).__name__}: {reason(e)}") from None
-    return whole("".join(text))
-
-
-def learned_pieces(messages: list[dict], template: str, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """A conversation -> pieces of text, and for each whether it is learned. The assistant's turns are learned.
+def learned_pieces(messages: list[dict], template: str, tokenizer: Tokenizer, tools: list | None = None
+                   ) -> list[tuple[str, bool]]:
+    """A conversation -> pieces of text, and for each whether it is learned. The assistant's turns are learned, its words and
+    its calls of tools, unless their "weight" is 0.
 
     The template is rendered twice for each assistant turn: `asked` ends where the model must answer, and `answered` contains
-    the answer too. The turn is what `answered` has beyond `asked`. Raises UserError if `answered` does not start with it.
+    the answer too. The turn is what `answered` has beyond `asked`. Raises UserError if `answered` does not start with it,
+    and if the template leaves out something that the conversation says.
     """
-    pieces, done = [], ""  # done: the text that the pieces contain so far
+    pieces, done, answered, n = [], "", "", 0  # done: the text that the pieces contain so far
+    weights = [m.get("weight", 1) for m in messages]
+    messages = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
     for i, m in enumerate(messages):
         if m["role"] != "assistant":
             continue
-        asked = render(template, messages[:i], tokenizer, prompt=True)
-        answered = render(template, messages[:i + 1], tokenizer)
+        n = i + 1
+        asked = render(template, messages[:i], tokenizer, True, tools)
+        answered = render(template, messages[:i + 1], tokenizer, tools=tools)
         if not asked.startswith(done) or not answered.startswith(asked):
             raise UserError("the chat template rewrites earlier turns, so its assistant turns cannot be told apart; "
                             "choose another with --template")
         reply = answered[len(asked):]
-        end = reply.rfind(tokenizer.eos)
-        if end < 0:
-            reply, end = reply + tokenizer.eos, len(reply)
-        end += len(tokenizer.eos)  # what follows the end token (often a newline) belongs to the next piece
-        pieces += [(asked[len(done):], False), (reply[:end], True)]
+        end = max((reply.rfind(stop) + len(stop) for stop in tokenizer.stops if stop in reply), default=0)
+        if not end:
+            reply += tokenizer.eos
+            end = len(reply)
+        # What follows the end token (often a newline) belongs to the next piece.
+        pieces += [(asked[len(done):], False), (reply[:end], weights[i] != 0)]
         done = asked + reply[:end] if answered.startswith(asked + reply[:end]) else answered
+    check_nothing_is_left_out(messages[:n], tools, answered)
     return pieces
 
 
-# ---------------------------------------------------------------------------------------------- rows
+def prompt_ids(row: list, template: str, tokenizer: Tokenizer, tools: list | None = None) -> list[int]:
+    """The ids after which the model must answer: the same pieces as in training, tokenised in the same way.
 
-KNOWN = "instruction+output, instruction+response, prompt+completion, messages, conversations, document+summary, or text"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-         "model": "assistant", "bing": "assistant", "system": "system"}
-
-
-def read_rows(path) -> list[tuple[str, dict]]:
-    """A JSON, JSONL, CSV or TXT file -> [(where, row)]. `where` is for error messages: "file:line", or "file: row 3".
-
-    Raises UserError, naming the line, for a file that cannot be read or has no rows.
+    row: messages, or [(text, False)] for a text that goes without a template.
     """
-    path = Path(path)
-    try:
-        is_there(path)  # refuses a folder, a pipe and a device; a missing file is an OSError below
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 at line {e.object[:e.start].count(10) + 1} (byte {e.start}); "
-                        f"convert it, e.g. iconv -f latin1 -t utf-8") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty")
-    kind = path.suffix.lower()
-    rows, n = [], 1
-    try:
-        if kind == ".json":
-            value = json.loads(text, object_pairs_hook=without_twins)
-            if not isinstance(value, list):
-                raise UserError(f"{path}: expected a JSON array of objects (one object a line is .jsonl)")
-            rows = [(f"{path}: row {i}", r) for i, r in enumerate(value, 1)]
-        elif kind == ".jsonl":
-            for n, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    rows.append((f"{path}:{n}", json.loads(line, object_pairs_hook=without_twins)))
-        elif kind == ".csv":
-            csv.field_size_limit(2 ** 31 - 1)  # documents can be longer than the default, 131,072 characters
-            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            rows = [(f"{path}:{reader.line_num}", r) for r in reader]
-            if twice := [c for c in reader.fieldnames or () if c and reader.fieldnames.count(c) > 1]:
-                raise UserError(f"{path}: two columns have the name {json_files.show(twice[0])}")
-            if more := [where for where, r in rows if any(r.get(None, ()))]:
-                raise UserError(f"{more[0]}: more fields than the header has names; put a field with commas in quotes")
-        elif kind == ".txt":
-            rows = [(f"{path}", {"text": text})]
-        else:
-            raise UserError(f"{path}: unknown kind of file (only .json, .jsonl, .csv, .txt)")
-    except json.JSONDecodeError as e:
-        line = e.lineno if kind == ".json" else n
-        raise UserError(f"{path}:{line}: broken JSON ({e.msg}, column {e.colno})") from None
-    except (ValueError, RecursionError) as e:  # a number of 5,000 digits; 10,000 brackets inside each other
-        where = path if kind == ".json" else f"{path}:{n}"
-        raise UserError(f"{where}: JSON that cannot be read ({reason(e)})") from None
-    except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num + 1}: broken CSV ({e})") from None  # line_num: of the last good row
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object with named fields, found {type(row).__name__}")
-    return rows
-
-
-def whole(text: str) -> str:
-    """Half a character -> U+FFFD. Text that was cut in UTF-16 can end so; it can be neither tokenised nor written."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def to_messages(where: str, row: dict) -> list:
-    """A row -> its messages, or its (text, learned) pieces if it needs no template (prompt+completion, text).
-
-    Raises UserError for a row without known columns, or with a wrong type in one of them.
-    """
-    def field(name, default=None):
-        value = row.get(name, default)
-        if not isinstance(value, str):
-            kind = "null" if value is None else type(value).__name__
-            raise UserError(f"{where}: field {name!r} must be text, found {kind}")
-        return whole(value)
-
-    for column, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if column in row:
-            turns = row[column]
-            if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
-                raise UserError(f"{where}: field {column!r} must be a list of objects")
-            if turns and role_key not in turns[0]:
-                role_key, text_key = "role", "content"  # some datasets use these keys in "conversations" too
-            messages = []
-            for t in turns:
-                role, content = t.get(role_key), t.get(text_key)
-                if not isinstance(role, str) or role not in ROLES:
-                    raise UserError(f"{where}: {column}: role {json_files.show(role)} is not one of {', '.join(ROLES)}")
-                if not isinstance(content, str):
-                    raise UserError(f"{where}: {column}: {text_key!r} must be text, found {type(content).__name__}")
-                messages.append({"role": ROLES[role], "content": whole(content)})
-            return messages
-    if "instruction" in row and ("output" in row or "response" in row):
-        user = {"role": "user", "content": field("instruction"), "input": field("input", "")}
-        return [user, {"role": "assistant", "content": field("output" if "output" in row else "response")}]
-    if "document" in row and "summary" in row:
-        user = {"role": "user", "content": "Summarize the following document.", "input": field("document")}
-        return [user, {"role": "assistant", "content": field("summary")}]
-    if "prompt" in row and "completion" in row:
-        return [(field("prompt"), False), (field("completion"), True)]
-    if "text" in row:
-        return [(field("text"), True)]
-    columns = reason(", ".join(map(str, row)) or "none")
-    raise UserError(f"{where}: no known columns among {columns}; expected {KNOWN}")
-
-
-def prompt_of(row: list) -> tuple[list, str] | None:
-    """A row as to_messages returns it -> (the prompt, the last reply), for samples. None if it has no prompt or no reply."""
-    if isinstance(row[0], tuple):
-        return ([row[0]], row[1][0]) if len(row) == 2 else None
-    last = max((i for i, m in enumerate(row) if m["role"] == "assistant"), default=0)
-    return (row[:last], row[last]["content"]) if last else None
-
-
-def prompts(data: "Dataset", n: int) -> list[tuple[list, str]]:
-    """At most n (prompt, reply) pairs, spread evenly over the rows."""
-    pairs = [p for p in map(prompt_of, data.rows) if p]
-    return pairs[::max(1, len(pairs) // max(1, n))][:n]
-
-
-# ---------------------------------------------------------------------------------------------- examples
-
-@dataclass
-class Example:
-    ids: list[int]  # what each position reads
-    targets: list[int]  # what it must predict: the next token, or -100 (no label)
-    n_bytes: int = 0  # UTF-8 bytes of the labelled text, for bits per byte
-
-    @property
-    def n_labels(self) -> int:
-        return sum(t != IGNORE for t in self.targets)
-
-
-@dataclass
-class Dataset:
-    examples: list[Example]
-    rows: list  # as to_messages returns them, for samples
-    n_dropped: int = 0  # rows without a labelled token
-    n_truncated: int = 0  # rows that were cut to max_length
-
-    def __len__(self):
-        return len(self.examples)
-
-    @property
-    def n_labels(self) -> int:
-        return sum(e.n_labels for e in self.examples)
-
-
-def prompt_ids(row: list, template: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids after which the model must answer: the same pieces as in training, tokenised in the same way."""
     if isinstance(row[0], tuple):
         return tokenize([row[0]], tokenizer, bos=True)[0]
-    pieces = learned_pieces([*row, {"role": "assistant", "content": "x"}], template, tokenizer)
+    pieces = learned_pieces([*row, {"role": "assistant", "content": "x"}], template, tokenizer, tools)
     return tokenize(pieces[:-1], tokenizer, bos=False)[0]
 
 
@@ -322,9 +86,10 @@ def tokenize(pieces: list[tuple[str, bool]], tokenizer: Tokenizer, bos: bool) ->
     ids = [tokenizer.specials[tokenizer.bos]] if bos and tokenizer.adds_bos else []
     learned = [False] * len(ids)
     for i, (text, learn) in enumerate(pieces):
-        if i and not bos and tokenizer.eos in tokenizer.specials and pieces[i - 1][0].endswith(tokenizer.eos):
+        stop = next((s for s in tokenizer.stops if pieces[i - 1][0].endswith(s)), None) if i and not bos else None
+        if stop in tokenizer.specials:
             # Some tokenizers add a space after a special token, some remove one. So the tokenizer must see this token.
-            piece = tokenizer.encode(tokenizer.eos + text, specials=True)[1:]
+            piece = tokenizer.encode(stop + text, specials=True)[1:]
         else:
             piece = tokenizer.encode(text, specials=not bos, continued=i > 0)
         ids += piece
@@ -332,66 +97,256 @@ def tokenize(pieces: list[tuple[str, bool]], tokenizer: Tokenizer, bos: bool) ->
     return ids, learned
 
 
-def build(rows: list[tuple[str, dict]], tokenizer: Tokenizer, template: str, max_length: int) -> Dataset:
-    """Rows as read_rows returns them -> Dataset. Raises UserError if no row has a labelled token.
+def encode(row: Conversation, template: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """A row -> the ids of its tokens, and for each whether it is learned. Both are empty if there is nothing to learn."""
+    if not row.has_reply():
+        return [], []
+    if not row.pieces:
+        return tokenize(learned_pieces(row.messages, template, tokenizer, row.tools), tokenizer, bos=False)
+    ids, learned = tokenize(row.pieces, tokenizer, bos=True)
+    return [*ids, tokenizer.eos_id], [*learned, True]
 
-    A row longer than max_length positions is cut. Only plain text is not: it becomes consecutive windows of max_length.
-    """
-    data = Dataset([], [])
-    for where, row in tqdm(rows, desc="tokenising", leave=False, disable=len(rows) < 2000):
-        row = to_messages(where, row)
-        raw = bool(row) and isinstance(row[0], tuple)
+
+def encode_rows(some: Iterable, tokenizer: Tokenizer, template: str, columns: dict | None = None,
+                skip_bad: bool = False) -> token_cache.Piece:
+    """(where, row) pairs, as rows.Rows yields them -> their tokens. Raises UserError for a bad row, unless skip_bad."""
+    reader, ids, made = conversations.Reader(columns), array("i"), token_cache.Piece(None, [], [], [], None, 0, [])
+    for where, raw in some:
         try:
-            pieces = row if raw else learned_pieces(row, template, tokenizer)
-            if not pieces or not any(text for text, learn in row if learn) if raw else not any(
-                    m["role"] == "assistant" and m["content"] for m in row):
-                data.n_dropped += 1  # only the end-of-text token would be learned
-                continue
-            ids, learned = tokenize(pieces, tokenizer, bos=raw)
+            row = reader.read(where, rows.parse(where, raw))
+            tokens, learned = encode(row, template, tokenizer)
         except UserError as e:
-            raise UserError(f"{where}: {e}") from None
-        if raw:
-            ids.append(tokenizer.eos_id)
-            learned.append(True)
-        windows = range(0, len(ids) - 1, max_length) if raw and len(row) == 1 else range(1)
-        data.n_truncated += len(windows) == 1 and len(ids) > max_length + 1
-        kept = False
-        for start in windows:
-            x, y = ids[start:start + max_length], ids[start + 1:start + max_length + 1]
-            targets = [t if learn else IGNORE for t, learn in zip(y, learned[start + 1:])]
-            labelled = [t for t in targets if t != IGNORE]
-            if labelled:
-                text = tokenizer.decode([t for t in labelled if t != tokenizer.eos_id])
-                data.examples.append(Example(x[:len(targets)], targets, len(text.encode())))
-                kept = True
-        if kept:
-            data.rows.append(row)
+            error = str(e) if str(e).startswith(f"{where}: ") else f"{where}: {e}"
+            if not skip_bad:
+                raise UserError(error) from None
+            made.bad += 1
+            made.reasons += [error] * (made.bad <= 3)
+            continue
+        ids.extend(i if learn else ~i for i, learn in zip(tokens, learned))
+        made.lengths.append(len(tokens))
+        made.labels.append(sum(learned[1:]))
+        made.windows.append(len(row.pieces) == 1)
+    made.ids, made.unused = torch.tensor(ids, dtype=torch.int32), reader.unused
+    return made
+
+
+def make_encoder(folder: Path, *arguments):
+    """encode_rows for another process, which reads the tokenizer again."""
+    return functools.partial(encode_rows, tokenizer=Tokenizer(folder), **dict(arguments))
+
+
+def read_tokens(path: Path, tokenizer: Tokenizer, template: str, columns: dict | None = None, skip_bad: bool = False,
+                use_cache: bool = True, limit: int | None = None) -> Tokens:
+    """The tokens of a data file, from the cache if it was read before. limit: of the first rows only. Raises UserError."""
+    options = {"template": template, "columns": columns or {}, "skip_bad": skip_bad}
+    encoder = functools.partial(encode_rows, tokenizer=tokenizer, **options)
+    name = token_cache.name_of(path, tokenizer.folder, options) if use_cache else ""
+    return token_cache.read_tokens(path, name, encoder, make_encoder, (tokenizer.folder, *options.items()), limit)
+
+
+# ---------------------------------------------------------------------------------------------- tokens -> examples
+
+@dataclass
+class Example:
+    ids: list[int]  # what each position reads
+    targets: list[int]  # what it must predict: the next token, or -100 (no label)
+
+    @property
+    def n_labels(self) -> int:
+        return sum(t != IGNORE for t in self.targets)
+
+
+def text_bytes(example: Example, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the labelled text, without end-of-text tokens. For bits per byte."""
+    return len(tokenizer.decode([t for t in example.targets if t not in (IGNORE, tokenizer.eos_id)]).encode())
+
+
+class Examples:
+    """The examples of one data file: where each begins in the file's tokens. A row longer than max_length positions is cut.
+    Only plain text is not: it becomes consecutive windows of max_length positions. The last token of a window is the first
+    that the next one reads, so each token is predicted once.
+
+    rows, starts, lengths, labels: of each example, its row, its place in the tokens, its positions, its labelled tokens.
+    positions, is_cut: of each row, its length before the cut, and whether it is cut.
+    """
+
+    def __init__(self, tokens: Tokens, max_length: int):
+        self.tokens, self.max_length = tokens, max_length
+        self.positions = (tokens.starts[1:] - tokens.starts[:-1] - 1).clamp(min=0)
+        self.is_cut = ~tokens.windows & (self.positions > max_length)
+        windows = torch.where(tokens.windows, (self.positions + max_length - 1) // max_length, (self.positions > 0).long())
+        rows = torch.arange(len(tokens)).repeat_interleave(windows)
+        done = max_length * (torch.arange(len(rows)) - (windows.cumsum(0) - windows)[rows])  # the windows before this one
+        starts, lengths = tokens.starts[:-1][rows] + done, (self.positions[rows] - done).clamp(max=max_length)
+        labels = torch.where(tokens.windows[rows], lengths, tokens.labels[rows])
+        labels[self.is_cut[rows]] = labels_in(tokens.tokens, starts[self.is_cut[rows]], max_length)
+        self.rows, self.starts, self.lengths, self.labels = (x[labels > 0] for x in (rows, starts, lengths, labels))
+
+    def part(self, rows=None, examples=None) -> "Part":
+        """Some rows and their examples, by masks; all of them without."""
+        rows = torch.ones(len(self.tokens), dtype=torch.bool) if rows is None else rows
+        return Part(self, rows, rows[self.rows] if examples is None else examples)
+
+
+@dataclass
+class Part:
+    """What a training set or a held-out set has of a file. rows, examples: masks."""
+    file: Examples
+    rows: torch.Tensor
+    examples: torch.Tensor
+
+    def kept(self, max_length: int) -> int:
+        """The labelled tokens that are left if rows are cut at max_length."""
+        tokens, f = self.file.tokens, self.file
+        rows = self.rows & ~tokens.windows & (tokens.labels > 0)
+        cut = rows & (f.positions > max_length)
+        return int(tokens.labels[rows & ~cut].sum() + labels_in(tokens.tokens, tokens.starts[:-1][cut], max_length).sum())
+
+
+def labels_in(tokens: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
+    """The labelled tokens of each example of `length` positions that begins at `starts`, which ascend."""
+    counts = [starts[:0]]
+    for some in starts.split(4096) if len(starts) else ():  # in pieces, so that little of the file is in memory
+        first = int(some[0])
+        learned = (tokens[first:int(some[-1]) + length + 1] >= 0).cumsum(0)
+        counts.append(learned[some + length - first] - learned[some - first])
+    return torch.cat(counts)
+
+
+class Dataset:
+    """Examples of one or more files: dataset[i] -> Example. lengths, labels: tensors, the positions and labels of each.
+
+    weights: of each file, how often an epoch has each of its examples; 1.5 is once, and a random half of them twice.
+    n_rows: the rows that they come from. n_truncated: those that were cut. n_dropped: those without a labelled token, and
+    n_cut_off: those that lost all of them to the cut. n_lost: the labelled tokens that were cut off.
+    name: what messages call it. Raises UserError if there is no example.
+    """
+
+    def __init__(self, parts: list[Part], weights: list[float] | None = None, seed: int = 0, name: str = "data"):
+        self.parts, columns = parts, []
+        self.n_rows = self.n_truncated = self.n_dropped = self.n_cut_off = self.n_lost = 0
+        for number, (part, weight) in enumerate(zip(parts, weights or [1.0] * len(parts))):
+            f, chosen = part.file, part.examples.nonzero()[:, 0]
+            has_example = torch.zeros_like(part.rows)
+            has_example[f.rows[part.examples]] = True
+            dropped = part.rows & ~has_example
+            self.n_rows += int(part.rows.sum())
+            self.n_truncated += int((part.rows & f.is_cut).sum())
+            self.n_dropped += int(dropped.sum())
+            self.n_cut_off += int((dropped & (f.tokens.labels > 0)).sum())
+            cut = part.examples & f.is_cut[f.rows]
+            self.n_lost += int(f.tokens.labels[part.rows & f.is_cut].sum() - f.labels[cut].sum())
+            rng = torch.Generator().manual_seed(seed)
+            some = torch.randperm(len(chosen), generator=rng)[:round(weight % 1 * len(chosen))]
+            i = torch.cat([chosen] * int(weight) + [chosen[some.sort().values]])
+            columns.append(torch.stack([torch.full_like(i, number), f.starts[i], f.lengths[i], f.labels[i]]))
+        self.files, self.starts, self.lengths, self.labels = torch.cat(columns, 1)
+        self.n_labels, self.n_tokens = int(self.labels.sum()), int(self.lengths.sum())
+        if not len(self):
+            raise UserError(f"{name}: all {self.n_rows} rows were dropped, none has a token to learn (empty replies, or "
+                            f"--max-length {parts[0].file.max_length} cuts them off)")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Example:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        signed = self.signed(i, int(self.lengths[i]) + 1)
+        ids = torch.where(signed < 0, ~signed, signed)
+        return Example(ids[:-1].tolist(), torch.where(signed < 0, IGNORE, signed)[1:].tolist())
+
+    def signed(self, i: int, n: int | None = None) -> torch.Tensor:
+        """n tokens from where example i begins, ~id if a token is not learned. Without n: to the end of the row."""
+        f, start = self.parts[self.files[i]].file, int(self.starts[i])
+        end = f.tokens.starts[torch.searchsorted(f.tokens.starts, start, right=True)] if n is None else start + n
+        return f.tokens.tokens[start:int(end)]
+
+    def what_is_cut(self) -> str | None:
+        """What --max-length costs, in a line, or None if no row is cut."""
+        if not self.n_truncated:
+            return None
+        lengths = torch.cat([p.file.positions[p.rows & ~p.file.tokens.windows] for p in self.parts]).sort().values
+        p50, p95, longest = (int(lengths[int(q * (len(lengths) - 1))]) for q in (0.5, 0.95, 1))
+        now = self.parts[0].file.max_length
+        wanted, enough = sum(p.kept(longest) for p in self.parts), 2 ** math.ceil(math.log2(now + 1))
+        while enough < longest and sum(p.kept(enough) for p in self.parts) < 0.99 * wanted:
+            enough *= 2
+        share = math.floor(100 * sum(p.kept(enough) for p in self.parts) / wanted)
+        return (f"{self.n_truncated:,} of {self.n_rows:,} rows cut at {now}: {100 * self.n_lost / wanted:.2g} % of the "
+                f"learned tokens lost; lengths p50 {p50:,}, p95 {p95:,}, max {longest:,}; "
+                f"--max-length {enough} keeps {share} %")
+
+
+def build(pairs: Iterable, tokenizer: Tokenizer, template: str, max_length: int) -> Dataset:
+    """(where, row) pairs -> Dataset: all of them, in this process."""
+    tokens = token_cache.in_memory([encode_rows(pairs, tokenizer, template)])
+    return Dataset([Examples(tokens, max_length).part()])
+
+
+def held_out_rows(n_rows: int, n: int, seed: int) -> torch.Tensor:
+    """A mask of n rows chosen at random."""
+    mask = torch.zeros(n_rows, dtype=torch.bool)
+    mask[torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))[:n]] = True
+    return mask
+
+
+def split(files: list[Examples], fraction: float, seed: int, by_window: list[bool]) -> tuple[list[Part], list[Part]]:
+    """(training parts, held-out parts): `fraction` of the rows of each file is held out, chosen at random. Raises UserError.
+
+    by_window: whether a file is one text. Then its last windows are held out, so that no training window lies between them.
+    """
+    train, held_out = [], []
+    for f, is_text in zip(files, by_window):
+        total = len(f.rows) if is_text else len(f.tokens)
+        n = round(total * fraction)
+        if is_text:
+            mask = torch.arange(total) >= total - n
+            train.append(f.part(examples=~mask))
+            held_out.append(f.part(examples=mask))
         else:
-            data.n_dropped += 1
-    if not data.examples:
-        raise UserError(f"{rows[0][0].partition(':')[0]}: all {len(rows)} rows were dropped, none has a token to learn "
-                        f"(empty replies, or --max-length {max_length} cuts them off)")
-    return data
+            mask = held_out_rows(total, n, seed)
+            train.append(f.part(~mask))
+            held_out.append(f.part(mask))
+    counts = [sum(int(p.examples.sum() if is_text else p.rows.sum()) for p, is_text in zip(parts, by_window))
+              for parts in (train, held_out)]
+    if not all(counts):
+        what = "windows" if all(by_window) else "rows"
+        raise UserError(f"--val-frac {fraction} of {sum(counts)} {what} leaves {counts[1]} to validate on and {counts[0]} "
+                        f"to train on; both need at least one (or give --val-data)")
+    return train, held_out
 
 
-def split(rows: list, fraction: float, seed: int) -> tuple[list, list]:
-    """(training rows, held-out rows), chosen at random; `fraction` of the rows is held out. Raises UserError."""
-    n = round(len(rows) * fraction)
-    if not 0 < n < len(rows):
-        raise UserError(f"--val-frac {fraction} of {len(rows)} rows leaves {n} to validate on and {len(rows) - n} to train "
-                        f"on; both need at least one (or give --val-data)")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [rows[i] for i in sorted(order[n:])], [rows[i] for i in sorted(order[:n])]
+def prompts(data: Dataset, n: int, tokenizer: Tokenizer) -> list[tuple[list[int], str]]:
+    """At most n (ids of a prompt, the last reply of its row) pairs, spread evenly over the examples."""
+    pairs, step = [], max(1, len(data) // max(1, n))
+    for i in range(0, len(data) // step * step if n else 0, step):
+        if len(pairs) < n and (pair := prompt_of(data, i, tokenizer)):
+            pairs.append(pair)
+    return pairs
+
+
+def prompt_of(data: Dataset, i: int, tokenizer: Tokenizer) -> tuple[list[int], str] | None:
+    """The last learned tokens of example i's whole row, and what comes before them. None for plain text."""
+    if data.parts[data.files[i]].file.tokens.windows.any():
+        return None
+    signed = data.signed(i)
+    last = int((signed >= 0).nonzero()[-1])
+    first = next((j + 1 for j in range(last, -1, -1) if signed[j] < 0), 0)
+    prompt, reply = signed[:first], signed[first:last + 1].tolist()
+    return (torch.where(prompt < 0, ~prompt, prompt).tolist(),
+            tokenizer.decode([t for t in reply if t not in tokenizer.stop_ids])) if first else None
 
 
 # ---------------------------------------------------------------------------------------------- batches
 
 WINDOW_STEPS = 16
-PLANNED = 50_000  # steps: about a second
+PLANNED = 50_000  # steps
 
 
-def plan(lengths: list[int], batch_size: int, grad_accum: int, seed: int, epoch: int) -> list[list[list[int]]]:
-    """One epoch: a list of optimizer steps. A step is a list of micro-batches, a micro-batch a list of example numbers.
+def shuffled(lengths: torch.Tensor, batch_size: int, grad_accum: int, seed: int, epoch: int):
+    """One epoch: (order, steps). Step n of the epoch has the examples that stand at place steps[n] * per_step of `order` and
+    after it, per_step = batch_size * grad_accum of them. The last ones in `order` may be fewer.
 
     1. Shuffle all examples, and cut them into windows of 16 steps.
     2. Sort each window by length, so that the examples of a micro-batch need little padding.
@@ -400,42 +355,46 @@ def plan(lengths: list[int], batch_size: int, grad_accum: int, seed: int, epoch:
     Every example occurs once. One step may be smaller. This is harmless, because the loss is divided by the step's labels.
     """
     rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(lengths), generator=rng).tolist()
+    order = torch.randperm(len(lengths), generator=rng)
     per_step = batch_size * grad_accum
     window = per_step * WINDOW_STEPS
-    steps = []
-    for w in range(0, len(order), window):
-        by_length = sorted(order[w:w + window], key=lambda i: -lengths[i])
-        steps += [by_length[s:s + per_step] for s in range(0, len(by_length), per_step)]
-    shuffled = [steps[i] for i in torch.randperm(len(steps), generator=rng).tolist()]
-    return [[step[m:m + batch_size] for m in range(0, len(step), batch_size)] for step in shuffled]
+    whole = len(order) // window * window
+    for part in (order[:whole].view(-1, window), order[whole:].view(1, -1)):
+        part.copy_(part.gather(1, lengths[part].sort(dim=1, descending=True, stable=True).indices))
+    return order, torch.randperm(math.ceil(len(order) / per_step), generator=rng)
 
 
 class Plan:
-    """The examples of each optimizer step of a run. plan() is called once for each epoch."""
+    """The examples of each optimizer step of a run. shuffled() is called once for each epoch."""
 
     def __init__(self, data: Dataset, batch_size: int, grad_accum: int, seed: int, pack: bool = False):
-        self.examples, self.pack, self.how = data.examples, pack, (batch_size, grad_accum, seed)
-        self.lengths, self.labels = [len(e.ids) for e in data.examples], [e.n_labels for e in data.examples]
+        self.data, self.pack, self.how = data, pack, (batch_size, grad_accum, seed)
         self.steps_per_epoch = math.ceil(len(data) / (batch_size * grad_accum))
-        self.epoch = self.steps = None
+        self.epoch = self.order = self.steps = None
+
+    def go_to(self, epoch: int):
+        if epoch != self.epoch:
+            self.epoch, (self.order, self.steps) = epoch, shuffled(self.data.lengths, *self.how, epoch)
 
     def numbers(self, step: int) -> list[list[int]]:
         """The step's micro-batches, as lists of example numbers."""
         epoch, i = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.steps = epoch, plan(self.lengths, *self.how, epoch)
-        return self.steps[i]
+        self.go_to(epoch)
+        batch_size, grad_accum, _ = self.how
+        first = int(self.steps[i]) * batch_size * grad_accum
+        return [m.tolist() for m in self.order[first:first + batch_size * grad_accum].split(batch_size)]
 
     def micro_batches(self, step: int) -> list[list[Example]]:
-        return [[self.examples[i] for i in m] for m in self.numbers(step)]
+        return [[self.data[i] for i in m] for m in self.numbers(step)]
 
     def sizes(self, step: int) -> list[tuple[int, int, bool]]:
         """(positions, labels, whether gradients exist already) of each micro-batch. Its memory grows with all three."""
-        lengths = [[self.lengths[i] for i in m] for m in self.numbers(step)]
-        positions = [sum(n) if self.pack else len(n) * max(n) for n in lengths]
-        labels = [sum(self.labels[i] for i in m) for m in self.numbers(step)]
-        return [(p, n, i > 0) for i, (p, n) in enumerate(zip(positions, labels))]
+        sizes = []
+        for i, m in enumerate(self.numbers(step)):
+            lengths = self.data.lengths[m]
+            positions = lengths.sum() if self.pack else len(m) * lengths.max()
+            sizes.append((int(positions), int(self.data.labels[m].sum()), i > 0))
+        return sizes
 
     def largest(self, steps: range) -> dict[int, list[int]]:
         """{step: its micro-batches that can make the peak of `steps`}: those that no other one exceeds in every respect.
@@ -444,14 +403,38 @@ class Plan:
         order, so a later micro-batch can still be a little larger.
         """
         front, places = Front(), {}
-        for step in steps[:max(PLANNED, 3 * self.steps_per_epoch)]:
-            for i, size in enumerate(self.sizes(step)):
+        steps = steps[:max(PLANNED, 3 * self.steps_per_epoch)]
+        for epoch in range(steps.start // self.steps_per_epoch, math.ceil(steps.stop / self.steps_per_epoch)):
+            for size, step, i in self.large_ones(epoch, steps):
                 if front.add(size):
                     places[size] = (step, i)
         chosen = {}
         for step, i in sorted(places[size] for size in front.sizes):
             chosen.setdefault(step, []).append(i)
         return chosen
+
+    def large_ones(self, epoch: int, steps: range) -> list[tuple]:
+        """(size, step, micro-batch) for a part of an epoch's micro-batches in which each that is exceeded by none is."""
+        self.go_to(epoch)
+        batch_size, grad_accum, _ = self.how
+        missing = -len(self.order) % batch_size  # examples of length 0 fill the last micro-batch
+        lengths, labels = (torch.nn.functional.pad(x[self.order], (0, missing)).view(-1, batch_size)
+                           for x in (self.data.lengths, self.data.labels))
+        positions = lengths.sum(1) if self.pack else (lengths > 0).sum(1) * lengths.max(1).values
+        labels, number = labels.sum(1), torch.arange(len(lengths))
+        step_of = torch.empty_like(self.steps)  # the place of each step in the epoch's order of steps
+        step_of[self.steps] = torch.arange(len(self.steps))
+        step, i = epoch * self.steps_per_epoch + step_of[number // grad_accum], number % grad_accum
+        found = []
+        for group in (i == 0, i > 0):
+            group &= (step >= steps.start) & (step < steps.stop)
+            mine = group.nonzero()[:, 0]
+            mine = mine[step[mine].argsort()]  # of equal ones, the first is taken
+            mine = mine[(positions[mine] * (int(labels.max()) + 1) + labels[mine]).argsort(descending=True, stable=True)]
+            best = torch.cat([torch.tensor([-1]), labels[mine].cummax(0).values[:-1]]) if len(mine) else mine
+            mine = mine[labels[mine] > best]
+            found += [((int(positions[m]), int(labels[m]), int(i[m]) > 0), int(step[m]), int(i[m])) for m in mine]
+        return sorted(found, key=lambda x: x[1:])
 
 
 class Front:

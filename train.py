@@ -86,7 +86,7 @@ def train(run: state.Run, plan: data.Plan, val_set: data.Dataset, params: dict, 
     """The loop around the step, from the run's step to its last; returns what summary.json holds."""
     cfg, model, seen = run.cfg, run.model, run.seen
     started = time.perf_counter() - seen["wall_s"]
-    prompts = data.prompts(val_set, cfg.samples)
+    prompts = data.prompts(val_set, cfg.samples, run.tokenizer)
     seen["samples"] = seen["samples"] or replies(run, prompts)
     if cfg.compile:
         compile_blocks(model)
@@ -101,8 +101,9 @@ def train(run: state.Run, plan: data.Plan, val_set: data.Dataset, params: dict, 
             start, lr = time.perf_counter(), learning_rate(run.step, cfg)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
+            examples = plan.micro_batches(run.step)
             with watch.step(run.step) as timed:
-                batches = [data.collate(m, cfg.pack, cfg.max_length) for m in plan.micro_batches(run.step)]
+                batches = [data.collate(m, cfg.pack, cfg.max_length) for m in examples]
                 try:
                     loss, grad_norm = train_step(model, run.optimizer, run.scaler, batches, cfg)
                     run.note(loss, grad_norm)
@@ -125,7 +126,8 @@ def train(run: state.Run, plan: data.Plan, val_set: data.Dataset, params: dict, 
                 print(f"interrupted after step {run.step}; continue with: --out {run.out} --resume")
                 raise Interrupted(interrupt.seen)
     progress.close()
-    record.write_samples(run.out / "samples.md", cfg, prompts, seen["samples"], replies(run, prompts))
+    texts = [(run.tokenizer.decode(ids), wanted) for ids, wanted in prompts]
+    record.write_samples(run.out / "samples.md", cfg, texts, seen["samples"], replies(run, prompts))
     seen["wall_s"] = time.perf_counter() - started
     return record.summarise(run, params, prediction)
 
@@ -134,8 +136,8 @@ def replies(run: state.Run, prompts: list) -> list[str]:
     """What the model answers to each prompt: greedy decoding, at most 64 tokens."""
     longest = max(1, run.model.config.n_positions - 64)
     with autocast(run.cfg.device, run.cfg.amp):
-        ids = [data.prompt_ids(prompt, run.template, run.tokenizer)[-longest:] for prompt, _ in prompts]
-        return [generate.reply(run.model, run.tokenizer, i, max_new_tokens=64, temperature=0) for i in ids]
+        return [generate.reply(run.model, run.tokenizer, ids[-longest:], max_new_tokens=64, temperature=0)
+                for ids, _ in prompts]
 
 
 def main(cfg: TrainConfig) -> dict:
@@ -152,7 +154,7 @@ def main(cfg: TrainConfig) -> dict:
     folder = weights.find(cfg.model)
     model_config, _, _ = weights.read_config(folder)
     resolve_for(cfg, model_config, weights.stored_bits(folder))
-    tokenizer, template, train_set, val_set = prepare.read_data(cfg)
+    tokenizer, template, train_set, val_set = prepare.read_data(cfg, prepare.LOOKED_AT if cfg.show_batch else None)
     plan = prepare.plan_steps(train_set, cfg)
     if cfg.show_batch:
         print(data.show(plan.micro_batches(0)[0], tokenizer, sys.stdout.isatty()))

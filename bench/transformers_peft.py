@@ -31,8 +31,9 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import memory  # noqa: E402
 from errors import UserError  # noqa: E402
-from files import weights  # noqa: E402
+from files import conversations, weights  # noqa: E402
 from files.hub import ASSETS  # noqa: E402
+from files.rows import read_rows  # noqa: E402
 from techniques.device import usable_device  # noqa: E402
 
 try:
@@ -66,7 +67,7 @@ def examples(rows, tokenizer, max_length: int) -> list[tuple[list[int], list[int
     """(ids, labels) of each instruction row, cut at max_length. A label of -100 has no loss. Raises UserError."""
     built = []
     for where, row in rows:
-        messages = data.to_messages(where, row)
+        messages = conversations.Reader().read(where, row).messages
         if len(messages) != 2 or "input" not in messages[0]:
             raise UserError(f"{where}: the bench reads rows with instruction and output only")
         user, reply = messages
@@ -96,9 +97,11 @@ def main(args) -> dict:
     rng = random.Random(0)
     args.device = usable_device(args.device)
     if args.data:
-        rows, held_out = data.split(data.read_rows(args.data), 0.01, 0)
+        all_rows = read_rows(args.data)
+        mask = data.held_out_rows(len(all_rows), round(0.01 * len(all_rows)), 0)
+        rows, held_out = ([row for row, out in zip(all_rows, mask) if out == wanted] for wanted in (False, True))
     else:
-        rows, held_out = (data.read_rows(ASSETS / f) for f in ("support.jsonl", "support-heldout.jsonl"))
+        rows, held_out = (read_rows(ASSETS / f) for f in ("support.jsonl", "support-heldout.jsonl"))
     model, tokenizer = load(args)
     train_set, val_set = (examples(r, tokenizer, args.max_length) for r in (rows, held_out))
     params = [p for p in model.parameters() if p.requires_grad]

@@ -100,8 +100,8 @@ def check_ids(path: Path, ids: dict, owner: dict[int, str]):
 class Tokenizer:
     """`encode(text) -> ids`, `decode(ids) -> text`, and what the checkpoint says about its special tokens.
 
-    specials: name -> id. eos, eos_id: the end-of-text token. stop_ids: the ids that end a generation. bos: a name or None;
-    adds_bos: whether texts start with it. chat_template: the checkpoint's own jinja template, or None.
+    specials: name -> id. eos, eos_id: the end-of-text token. stop_ids, stops: the ids and the texts that end a generation.
+    bos: a name or None; adds_bos: whether texts start with it. chat_template: the checkpoint's own jinja template, or None.
     Raises UserError if the folder has no tokenizer, a damaged one, no end-of-text token, or one that is not a token.
     """
 
@@ -135,6 +135,7 @@ class Tokenizer:
             raise UserError(f"{folder}: no end-of-text token is named in tokenizer_config.json or config.json")
         names = {i: s for s, i in self.specials.items()}
         self.eos = eos or names.get(self.eos_id) or self.decode([self.eos_id])
+        self.stops = [self.eos, *(names.get(i) or self.decode([i]) for i in sorted(self.stop_ids - {self.eos_id}))]
         if (ids := self.encode(self.eos, specials=True)) != [self.eos_id]:  # then a template could not write it
             raise UserError(f"{folder}: the end-of-text token {self.eos!r} has the id {self.eos_id}, but its text is "
                             f"encoded as {ids[:9]}")

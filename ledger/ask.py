@@ -23,7 +23,7 @@ from pathlib import Path
 
 import data
 from errors import UserError
-from files import hub, weights
+from files import hub, rows, weights
 from run import prepare, record, watch
 from run.options import TrainConfig, resolve_for
 from techniques.device import device_of, type_name
@@ -96,7 +96,8 @@ def examples_of(plan, steps: range) -> list:
     Of a step, the micro-batches that can make the peak (data.Plan.largest) are enough, and the first one: only after it are
     there gradients.
     """
-    return [[[(plan.lengths[j], plan.labels[j]) for j in plan.numbers(step)[i]] for i in sorted({0, *micro_batches})]
+    lengths, labels = plan.data.lengths, plan.data.labels
+    return [[[(int(lengths[j]), int(labels[j])) for j in plan.numbers(step)[i]] for i in sorted({0, *micro_batches})]
             for step, micro_batches in plan.largest(steps).items()]
 
 
@@ -115,7 +116,7 @@ def largest_steps(cfg: TrainConfig, full_length: bool = False):
         plan = prepare.plan_steps(train_set, cfg)
         steps = watch.candidates(0, cfg.steps or cfg.epochs * plan.steps_per_epoch)
         return examples_of(plan, steps), f"the largest step of {cfg.data}", cfg
-    data.read_rows(cfg.data)
+    rows.sources(cfg.data)
     why = "" if full_length else f" ({cfg.model}'s tokenizer is not on this machine to measure the data)"
     steps = [[[(cfg.max_length, cfg.max_length)] * cfg.batch_size] * min(cfg.grad_accum, 2)]
     return steps, f"steps of {cfg.batch_size} x {cfg.grad_accum} examples of {cfg.max_length} tokens, all learned{why}", cfg

@@ -13,21 +13,22 @@ from techniques.loss import sum_loss
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, examples: list[data.Example], cfg: TrainConfig) -> dict:
+def evaluate(model: nn.Module, val_set: data.Dataset, cfg: TrainConfig, tokenizer) -> dict:
     """{"val_loss": nats for each labelled token, "val_bits_per_byte": bits for each byte of labelled text}.
 
     The second number does not depend on the tokenizer, so it compares models that have different ones.
     """
     model.eval()
-    total = labels = 0
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
-    for i in range(0, len(order), cfg.batch_size):
-        batch = data.collate([examples[j] for j in order[i:i + cfg.batch_size]], cfg.pack, cfg.max_length).to(cfg.device)
+    total = labels = n_bytes = 0
+    for some in val_set.lengths.sort(descending=True, stable=True).indices.split(cfg.batch_size):
+        examples = [val_set[i] for i in some.tolist()]
+        batch = data.collate(examples, cfg.pack, cfg.max_length).to(cfg.device)
         with autocast(cfg.device, cfg.amp):
             total += sum_loss(model.hidden(batch.ids, batch.positions, batch.segments), model.head, batch.targets).item()
         labels += batch.n_labels
+        n_bytes += sum(data.text_bytes(e, tokenizer) for e in examples)
     model.train()
-    return {"val_loss": total / labels, "val_bits_per_byte": total / math.log(2) / max(1, sum(e.n_bytes for e in examples))}
+    return {"val_loss": total / labels, "val_bits_per_byte": total / math.log(2) / max(1, n_bytes)}
 
 
 def why_not_finite(model: nn.Module, cfg: TrainConfig, step: int) -> str:
@@ -48,7 +49,7 @@ def evaluate_run(run, val_set: data.Dataset, key: str):
 
     Raises UserError where it is not finite.
     """
-    result = evaluate(run.model, val_set.examples, run.cfg)
+    result = evaluate(run.model, val_set, run.cfg, run.tokenizer)
     loss, best = result["val_loss"], run.seen["val_best"]
     run.seen[key] = loss
     record.log(run.out, {"step": run.step, **result})

@@ -47,10 +47,14 @@ class TrainConfig:
     lora_init: str = option("default", "lora", "where adapters start: at zero, at the error of rounding to 8 or 4 bits "
                             "(loftq), at the weights' largest directions (pissa)", choices=lora_init.INITS)
     full: bool = option(False, "lora", "train every weight, no adapters")
-    data: str = option(None, "data", "JSON, JSONL, CSV or TXT file (default: the bundled assets/support.jsonl)", type=str)
+    data: str = option(None, "data", "JSON, JSONL, CSV, TXT or Parquet file, or its .gz; a folder of them; or several, with "
+                       "weights: a.jsonl:2,b.jsonl (default: the bundled assets/support.jsonl)", type=str)
     val_data: str = option(None, "data", "held-out file (default: --val-frac of --data; the bundled data has its own)",
                            type=str)
     val_frac: float = option(0.1, "data", "share of the rows held out when there is no --val-data")
+    columns: str = option(None, "data", "names of columns: instruction=question,response=answer (KNOWN=YOURS)", type=str)
+    skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be read, and count them")
+    no_cache: bool = option(False, "data", "tokenise the data anew, and do not keep the result (see files/token_cache.py)")
     template: str = option("auto", "data", "auto (the model's chat template, else alpaca), chat, alpaca or a .jinja file")
     max_length: int = option(None, "data", "most positions of an example, the rest is cut off (default: 512, or the model's "
                              "positions if they are fewer)", type=int)

@@ -5,28 +5,62 @@ from torch import nn
 import data
 import lora
 from errors import UserError
-from files import fingerprint, weights
+from files import conversations, fingerprint, rows, weights
 from run.options import TrainConfig
 from techniques.device import compute_dtype, device_of
 from techniques.optim import OPTIMIZERS, AdamW
 
+LOOKED_AT = 1000  # rows of each file that --show-batch reads
 
-def read_data(cfg: TrainConfig):
-    """(tokenizer, template, training set, held-out set)."""
+
+def read_data(cfg: TrainConfig, limit: int | None = None):
+    """(tokenizer, template, training set, held-out set). limit: only the first rows of each file are read."""
     tokenizer = data.load_tokenizer(cfg.model)
     template = data.load_template(cfg.template, tokenizer)
-    rows = data.read_rows(cfg.data)
-    rows, val_rows = (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.split(rows, cfg.val_frac, cfg.seed)
-    train_set, val_set = (data.build(r, tokenizer, template, cfg.max_length) for r in (rows, val_rows))
+    columns = conversations.parse_columns(cfg.columns)
+
+    def read(sources: list[rows.Source]) -> list[data.Examples]:
+        files = []
+        for s in sources:
+            tokens = data.read_tokens(s.path, tokenizer, template, columns, cfg.skip_bad_rows, not cfg.no_cache, limit)
+            say_what_is_not_used(s.path, tokens)
+            files.append(data.Examples(tokens, cfg.max_length))
+        return files
+
+    sources = rows.sources(cfg.data)
+    files = read(sources)
+    if cfg.val_data:
+        train_parts, val_parts = ([f.part() for f in some] for some in (files, read(rows.sources(cfg.val_data))))
+    else:
+        is_text = [rows.kind_of(s.path) == ".txt" for s in sources]
+        train_parts, val_parts = data.split(files, cfg.val_frac, cfg.seed, is_text)
+    train_set = data.Dataset(train_parts, [s.weight for s in sources], cfg.seed, cfg.data)
+    val_set = data.Dataset(val_parts, name=cfg.val_data or f"the held-out rows of {cfg.data}")
+    if line := train_set.what_is_cut():
+        print(line)
     return tokenizer, template, train_set, val_set
+
+
+def say_what_is_not_used(path, tokens: data.Tokens):
+    if tokens.unused:
+        print(f"{path.name}: not used: " + ", ".join(f"{name} of {n:,} rows" for name, n in sorted(tokens.unused.items())))
+    if tokens.bad:
+        first = "; ".join(tokens.reasons)
+        print(f"{path.name}: {tokens.bad:,} bad rows skipped, {len(tokens):,} are left. The first: {first}")
 
 
 def inputs(cfg: TrainConfig, template: str) -> dict:
     """Hashes of what the run is made from (files/fingerprint.py), for its config.json. --resume compares them."""
     folder = weights.find(cfg.model)
-    return {"data": fingerprint.of_file(cfg.data), "val_data": cfg.val_data and fingerprint.of_file(cfg.val_data),
+    return {"data": of_files(cfg.data), "val_data": cfg.val_data and of_files(cfg.val_data),
             "template": fingerprint.of_text(template), "tokenizer": fingerprint.of_tokenizer(folder),
             "weights": None if cfg.from_scratch else fingerprint.of_weights(folder)}
+
+
+def of_files(spec: str):
+    """The hash of a data file; of several files a list of them."""
+    hashes = [fingerprint.of_file(s.path) for s in rows.sources(spec)]
+    return hashes if len(hashes) > 1 else hashes[0]
 
 
 def plan_steps(train_set: data.Dataset, cfg: TrainConfig) -> data.Plan:

@@ -81,9 +81,10 @@ def announce(cfg, params: dict, train_set, val_set, out: Path):
     """Print what is going to be trained, on which data, and how."""
     print(parameters(cfg.model, params))
     for name, d in (("training", train_set), ("held-out", val_set)):
-        print(f"{name}: {len(d):,} examples, {d.n_labels:,} labelled tokens of {sum(len(e.ids) for e in d.examples):,}"
-              + (f"; {d.n_dropped} rows dropped (nothing to learn)" if d.n_dropped else "")
-              + (f"; {d.n_truncated} cut at {cfg.max_length}" if d.n_truncated else ""))
+        print(f"{name}: {len(d):,} examples, {d.n_labels:,} labelled tokens of {d.n_tokens:,}"
+              + (f"; {d.n_dropped - d.n_cut_off:,} rows dropped (nothing to learn)" if d.n_dropped > d.n_cut_off else "")
+              + (f"; {d.n_cut_off:,} rows dropped (--max-length cuts off all that is learned)" if d.n_cut_off else "")
+              + (f"; {d.n_truncated:,} cut at {cfg.max_length}" if d.n_truncated else ""))
     if cfg.amp or cfg.bits < 32:
         print("{why}: weights are held in {weights}, products run in {products}".format(**arithmetic(cfg)))
     print(f"{cfg.steps} steps of {cfg.batch_size} x {cfg.grad_accum}, lr {cfg.lr:g}, {cfg.device} -> {out}")
@@ -171,12 +172,10 @@ class Progress:
         self.bar.write(text, file=sys.stdout)
 
 
-def write_samples(path: Path, cfg, prompts, before, after):
-    """prompts: as data.prompts gives them. before, after: the model's replies to them."""
+def write_samples(path: Path, cfg, prompts: list[tuple[str, str]], before, after):
+    """prompts: (text, held-out reply) pairs. before, after: the model's replies to them."""
     blocks = [f"# Replies of {cfg.model} before and after training\n\nGreedy decoding, at most 64 tokens.\n"]
-    for (prompt, wanted), old, new in zip(prompts, before, after):
-        text = prompt[-1][0] if isinstance(prompt[-1], tuple) else \
-            prompt[-1]["content"] + (f"\n\n{prompt[-1]['input']}" if prompt[-1].get("input") else "")
+    for (text, wanted), old, new in zip(prompts, before, after):
         parts = {"## Prompt": text[-1000:], "**Before:**": old, "**After:**": new, "**Held-out reply:**": wanted[:1000]}
         for title, t in parts.items():
             blocks.append(f"{title}\n\n> " + (t.strip() or "(nothing)").replace("\n", "\n> ") + "\n")

@@ -18,6 +18,7 @@ import train
 from bench import matrix_limit, plots, tables
 from errors import UserError
 from files import weights
+from files.rows import read_rows
 from run import options as options_
 from run import prepare
 from techniques import lora_init, optim
@@ -269,7 +270,7 @@ def test_speed_runs_peers_job_with_and_without_amp_after_the_limit():
     limit, *rows = bench.speed_rows("gpt2-nano", argparse.Namespace(data=None))
     cfg = train.resolve(train.parse("--model gpt2-nano --max-length 256 --template alpaca".split()))
     train_set = prepare.read_data(cfg)[2]
-    positions = 4 * sum(len(e.ids) for e in train_set.examples) / len(train_set)  # of a mean micro-batch
+    positions = 4 * train_set.n_tokens / len(train_set)  # of a mean micro-batch
     assert limit["program"] == tables.LIMIT and limit["options"] == f"--positions {positions:.0f}" and positions > 100
     ours, theirs = bench.peers_job("gpt2-nano", argparse.Namespace(data=None))
     assert [r["options"] for r in rows] == [ours, theirs, f"--amp {ours}", f"--amp {theirs}", f"--ckpt-every 1 {ours}"]
@@ -304,8 +305,8 @@ def test_another_depth_and_a_text_that_fills_every_window(family, tmp_path):
     sizes = {"length": 64, "batch": 4, "layers": 5}
     options = bench.long_text(sizes, {"steps": 3}, tmp_path / "deep")
     tokenizer = train.data.load_tokenizer(str(tmp_path / "deep"))
-    built = train.data.build(train.data.read_rows(options[1]), tokenizer, "", 64)
-    assert sum(len(e.ids) == 64 for e in built.examples) >= 3 * 4
+    built = train.data.build(read_rows(options[1]), tokenizer, "", 64)
+    assert int((built.lengths == 64).sum()) >= 3 * 4
 
 
 def test_scaling_changes_one_size_at_a_time_and_finds_the_axes_again():
@@ -455,7 +456,7 @@ def test_a_real_grid(gpt2_folder, data_file, tmp_path, monkeypatch):
     assert {r["median"]["examples"] for r in rows} == {36} and all(r["median"]["step_s"] > 0 for r in rows)
     cfg = train.resolve(train.parse(["--model", str(gpt2_folder), "--data", str(data_file), "--max-length", "128"]))
     train_set = prepare.read_data(cfg)[2]
-    labelled = train_set.n_labels / sum(len(e.ids) for e in train_set.examples)
+    labelled = train_set.n_labels / train_set.n_tokens
     assert {r["median"]["labelled_share"] for r in rows} == {labelled} and 0.1 < labelled < 0.9
     losses = [r["median"]["loss"]["val_after"] for r in rows]  # only the dropout differs
     assert max(losses) - min(losses) < 0.02

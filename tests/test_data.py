@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from conftest import make_data
+from runs import dataset_of, steps_of
 from test_tokenizers import byte_level, corpus, llama2_json, train_sentencepiece
 
 import data
@@ -19,6 +20,8 @@ import generate
 import train
 from errors import UserError
 from files import hub
+from files import template as template_
+from files.rows import read_rows
 from techniques.loss import IGNORE
 
 EOS = "<|endoftext|>"
@@ -142,45 +145,45 @@ def test_schemas(tmp_path, nano, alpaca, schema, kind):
     if kind == "csv" and schema in NESTED:
         pytest.skip("a CSV field holds no list")
     row, prompt, reply = {**FLAT, **NESTED}[schema]
-    rows = data.read_rows(write_rows(tmp_path / f"d.{kind}", [row, row]))
+    rows = read_rows(write_rows(tmp_path / f"d.{kind}", [row, row]))
     assert len(rows) == 2 and all(where.startswith(f"{tmp_path}/d.{kind}:") for where, _ in rows)
     built = data.build(rows, nano, alpaca, 512)
     assert len(built) == 2 and (built.n_dropped, built.n_truncated) == (0, 0)
-    e = built.examples[0]
+    e = built[0]
     assert nano.decode(whole(e)) == prompt + reply + EOS
     assert learned_runs(e, nano) == [reply + EOS]
     assert built.n_labels == 2 * sum(t != IGNORE for t in e.targets)
-    assert e.n_bytes == len(reply.encode())
+    assert data.text_bytes(e, nano) == len(reply.encode())
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "txt"])
 def test_text_rows(tmp_path, nano, kind):
     text = "First line.\nSecond, with \"quotes\" and 👍\n"
     path = tmp_path / f"d.{kind}"
-    rows = data.read_rows(write(path, text) if kind == "txt" else write_rows(path, [{"text": text}]))
+    rows = read_rows(write(path, text) if kind == "txt" else write_rows(path, [{"text": text}]))
     assert len(rows) == 1
-    e = data.build(rows, nano, "", 512).examples[0]
+    e = data.build(rows, nano, "", 512)[0]
     assert whole(e) == [*nano.encode(text), nano.eos_id]
     assert all(t != IGNORE for t in e.targets)
 
 
 def test_multi_turn_labels_every_assistant_turn(nano, alpaca):
-    e = build([{"messages": [{"role": "system", "content": "Be brief."}, *CHAT]}], nano, alpaca).examples[0]
+    e = build([{"messages": [{"role": "system", "content": "Be brief."}, *CHAT]}], nano, alpaca)[0]
     assert learned_runs(e, nano) == ["It's 4, naturally! 👍" + EOS, "9." + EOS]
     assert nano.decode(whole(e)) == "Be brief.\n\n" + PLAIN.format(CHAT[0]["content"]) + "It's 4, naturally! 👍" + EOS + \
         "\n\n### Instruction:\n" + CHAT[2]["content"] + "\n\n### Response:\n9." + EOS
 
 
 def test_a_last_user_turn_is_left_out(nano, alpaca):
-    with_last = build([{"messages": [*CHAT, {"role": "user", "content": "bye"}]}], nano, alpaca).examples[0]
-    assert with_last.ids == build([{"messages": CHAT}], nano, alpaca).examples[0].ids
+    with_last = build([{"messages": [*CHAT, {"role": "user", "content": "bye"}]}], nano, alpaca)[0]
+    assert with_last.ids == build([{"messages": CHAT}], nano, alpaca)[0].ids
 
 
 @pytest.mark.parametrize("reply", ["### Response:\nfoo", "Hi", " leading", "\n\nnewlines\n", "### Instruction:\nagain"])
 def test_the_prompts_tokens_do_not_depend_on_the_reply(nano, alpaca, reply):
     """trl#598: nothing searches for the marker, so it may stand in the texts, and no token joins prompt and reply."""
     prompt = data.prompt_ids([{"role": "user", "content": "### Response:\nwhat?"}], alpaca, nano)
-    e = build([{"instruction": "### Response:\nwhat?", "output": reply}], nano, alpaca).examples[0]
+    e = build([{"instruction": "### Response:\nwhat?", "output": reply}], nano, alpaca)[0]
     assert whole(e) == prompt + nano.encode(reply) + [nano.eos_id]
     assert e.targets[:len(prompt) - 1] == [IGNORE] * (len(prompt) - 1)
     assert all(t != IGNORE for t in e.targets[len(prompt) - 1:])
@@ -188,7 +191,7 @@ def test_the_prompts_tokens_do_not_depend_on_the_reply(nano, alpaca, reply):
 
 def test_padding_is_known_by_length_and_the_end_token_is_a_label(nano, alpaca):
     """transformers#23530: padding has the id of a real token, yet end-of-text is a label, at the end and inside."""
-    short, long = build([{"text": "a"}, {"messages": CHAT}], nano, alpaca).examples
+    short, long = build([{"text": "a"}, {"messages": CHAT}], nano, alpaca)
     batch = data.collate([short, long])
     assert batch.targets[0].tolist() == [nano.eos_id] + [IGNORE] * (len(long.ids) - 1)
     assert (batch.targets[1] == nano.eos_id).sum() == 2
@@ -207,14 +210,14 @@ def test_one_bos_only(tmp_path, sp):
     for tok, bos, templates in ((llama3, 0, [LLAMA3, data.load_template("alpaca", llama3)]),
                                 (sp, 1, [data.load_template("alpaca", sp), "{{ bos_token }}" + ZEPHYR])):
         for template in templates:
-            ids = build([{"messages": CHAT}], tok, template).examples[0].ids
+            ids = build([{"messages": CHAT}], tok, template)[0].ids
             assert ids[0] == bos and ids[1] != bos and ids.count(bos) == 1
             ids = data.prompt_ids(CHAT[:1], template, tok)
             assert ids[0] == bos and ids.count(bos) == 1
         for row in ({"prompt": "a", "completion": "b"}, {"text": "a b"}):
-            ids = build([row], tok, templates[0]).examples[0].ids
+            ids = build([row], tok, templates[0])[0].ids
             assert ids[0] == bos and ids.count(bos) == 1
-    ids = build([{"messages": CHAT}], sp, ZEPHYR).examples[0].ids  # a template without BOS gets none, as in transformers
+    ids = build([{"messages": CHAT}], sp, ZEPHYR)[0].ids  # a template without BOS gets none, as in transformers
     assert 1 not in ids
 
 
@@ -275,15 +278,15 @@ def test_special_names_in_a_users_text_under_a_chat_template(tokenizers_by_name)
     assert ids.count(ours.specials["<|im_end|>"]) == 3 and ids.count(ours.specials["<|endoftext|>"]) == 1
     hf = hf_tokenizer(folder, ours, CHATML)
     assert ids == hf.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
-    e = build([{"messages": messages}], ours, CHATML).examples[0]
+    e = build([{"messages": messages}], ours, CHATML)[0]
     assert learned_runs(e, ours) == [CHAT[1]["content"] + "<|im_end|>"]  # those in the user's text are no labels
-    raw = build([{"prompt": "What does <|im_end|> mean?", "completion": "<|endoftext|>"}], ours, CHATML).examples[0]
+    raw = build([{"prompt": "What does <|im_end|> mean?", "completion": "<|endoftext|>"}], ours, CHATML)[0]
     assert not {0, 1, 2} & set(raw.ids) and raw.targets[-1] == ours.eos_id  # without a template: none but the end token
 
 
 def test_input_reaches_a_template_that_knows_none(tokenizers_by_name):
     _, ours = tokenizers_by_name["chatml"]
-    e = build([{"instruction": "Add", "input": "1, 2", "output": "3"}], ours, CHATML).examples[0]
+    e = build([{"instruction": "Add", "input": "1, 2", "output": "3"}], ours, CHATML)[0]
     assert "<|im_start|>user\nAdd\n\n1, 2<|im_end|>\n" in ours.decode(whole(e))
 
 
@@ -315,7 +318,7 @@ def test_a_template_that_refuses_names_the_row(tokenizers_by_name):
     ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "longer than 0.2 s"),
 ])
 def test_a_template_that_fails(nano, monkeypatch, template, says):
-    monkeypatch.setattr(data, "SECONDS", 0.2)
+    monkeypatch.setattr(template_, "SECONDS", 0.2)
     start = time.thread_time()
     with pytest.raises(UserError, match="^f:1: the chat template .*" + says) as e:
         build([{"messages": CHAT}], nano, template)
@@ -332,7 +335,7 @@ def test_what_a_template_may_do(nano):
 
 def test_a_template_without_end_token_gets_one(nano):
     e = build([{"messages": CHAT}], nano, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-              "{% if add_generation_prompt %}assistant: {% endif %}").examples[0]
+              "{% if add_generation_prompt %}assistant: {% endif %}")[0]
     assert [r[-len(EOS):] for r in learned_runs(e, nano)] == [EOS, EOS]
 
 
@@ -340,8 +343,8 @@ def test_load_template(tmp_path, nano, tokenizers_by_name):
     _, chatml = tokenizers_by_name["chatml"]
     byte_level(tmp_path / "plain")
     plain = data.load_tokenizer(str(tmp_path / "plain"))
-    assert data.load_template("auto", plain) == data.load_template("alpaca", nano) == data.ALPACA
-    assert data.load_template("auto", nano) == data.load_template("chat", nano) != data.ALPACA
+    assert data.load_template("auto", plain) == data.load_template("alpaca", nano) == template_.ALPACA
+    assert data.load_template("auto", nano) == data.load_template("chat", nano) != template_.ALPACA
     with pytest.raises(UserError, match="has no chat template"):
         data.load_template("chat", plain)
     with pytest.raises(UserError, match="neither auto, chat, alpaca nor a readable file"):
@@ -356,7 +359,7 @@ def test_load_template(tmp_path, nano, tokenizers_by_name):
         byte_level(tmp_path / "m", chat_template=named)
         tok = data.load_tokenizer(str(tmp_path / "m"))
         assert data.load_template("auto", tok) == data.load_template("chat", tok) == CHATML
-        assert data.load_template("alpaca", tok) == data.ALPACA
+        assert data.load_template("alpaca", tok) == template_.ALPACA
     write(tmp_path / "m" / "chat_template.jinja", LLAMA3)
     assert data.load_template("chat", data.load_tokenizer(str(tmp_path / "m"))) == LLAMA3
 
@@ -378,9 +381,9 @@ def test_template_and_end_token_lie_beside_the_adapter(tmp_path, gpt2_folder, mo
     generate.main(["--model", str(gpt2_folder), "--adapter", str(adapter), "--prompt", "Say the number 1 please ",
                    "--max-new-tokens", "2", "--device", "cpu"])
     tok = data.load_tokenizer(str(gpt2_folder))
-    row = data.read_rows(rows)[1]
+    row = read_rows(rows)[1]
     assert row[1]["instruction"] == "Say the number 1 please " and not row[1]["input"]
-    e = data.build([row], tok, mine.read_text(), 100).examples[0]
+    e = data.build([row], tok, mine.read_text(), 100)[0]
     first = next(i for i, t in enumerate(e.targets) if t != IGNORE)
     assert asked == [e.ids[:first + 1]]
     assert tok.decode(asked[0]) == "<user> Say the number 1 please \n<assistant> "
@@ -394,14 +397,15 @@ def test_labels_cut_off_are_dropped_and_counted(nano, alpaca):
             {"instruction": "a", "output": "word " * 100}]
     n = len(data.prompt_ids([{"role": "user", "content": "a"}], alpaca, nano))
     built = build(rows, nano, alpaca, n + 20)
-    assert (len(built), built.n_dropped, built.n_truncated) == (2, 1, 2) and len(built.rows) == 2
-    assert all(len(e.ids) <= n + 20 for e in built.examples) and len(built.examples[1].ids) == n + 20
-    assert sum(t != IGNORE for t in built.examples[1].targets) == 21
-    assert sum(t != IGNORE for t in build(rows[2:], nano, alpaca, n).examples[0].targets) == 1
-    with pytest.raises(UserError, match=r"f: all 3 rows were dropped.*--max-length 10"):
+    assert (len(built), built.n_dropped, built.n_truncated) == (2, 1, 2)
+    assert built.n_cut_off == 1 and built.n_lost == 2 + len(nano.encode("word " * 100)) + 1 - 21
+    assert all(len(e.ids) <= n + 20 for e in built) and len(built[1].ids) == n + 20
+    assert sum(t != IGNORE for t in built[1].targets) == 21
+    assert sum(t != IGNORE for t in build(rows[2:], nano, alpaca, n)[0].targets) == 1
+    with pytest.raises(UserError, match=r"data: all 3 rows were dropped.*--max-length 10"):
         build(rows, nano, alpaca, 10)
     exact = build(rows[:1], nano, alpaca, n + 1)  # n + 2 tokens are n + 1 positions
-    assert exact.n_truncated == 0 and exact.examples[0].targets[-1] == nano.eos_id
+    assert exact.n_truncated == 0 and exact[0].targets[-1] == nano.eos_id
 
 
 def test_empty_replies_are_dropped(nano, alpaca):
@@ -422,17 +426,21 @@ def test_text_becomes_windows_that_lose_nothing(nano, sp, extra):
         text = tok.decode(ids)
         want = [*([1] if tok is sp else []), *tok.encode(text), tok.eos_id]
         built = build([{"text": text}], tok, "", 32)
-        assert built.n_truncated == 0 and len(built.rows) == 1 and len(built) == -(-(len(want) - 1) // 32)
-        assert [t for e in built.examples for t in e.targets] == want[1:]
-        assert [i for e in built.examples for i in e.ids] == want[:-1]
-        assert all(len(e.ids) == 32 for e in built.examples[:-1]) and built.examples[-1].ids
+        assert built.n_truncated == 0 and built.n_rows == 1 and len(built) == -(-(len(want) - 1) // 32)
+        assert [t for e in built for t in e.targets] == want[1:]
+        assert [i for e in built for i in e.ids] == want[:-1]
+        assert all(len(e.ids) == 32 for e in list(built)[:-1]) and built[len(built) - 1].ids
 
 
-def test_prompt_of(nano):
-    as_row = data.to_messages
-    assert data.prompt_of(as_row("", {"text": "a"})) is None
-    assert data.prompt_of(as_row("", {"prompt": "a", "completion": "b"})) == ([("a", False)], "b")
-    assert data.prompt_of(as_row("", {"messages": [*CHAT, CHAT[0]]})) == (CHAT[:3], "9.")
+def test_prompts_are_the_ids_before_the_last_reply(nano, alpaca):
+    rows = [{"prompt": "a", "completion": "b"}, {"messages": [*CHAT, CHAT[0]]}, {"instruction": "x", "output": "y " * 200}]
+    whole = [(data.prompt_ids([("a", False)], alpaca, nano), "b"), (data.prompt_ids(CHAT[:3], alpaca, nano), "9."),
+             (data.prompt_ids([{"role": "user", "content": "x"}], alpaca, nano), "y " * 200)]
+    for max_length in (1000, 100):  # also where the row is cut
+        built = build(rows, nano, alpaca, max_length)
+        assert data.prompts(built, 3, nano) == data.prompts(built, 9, nano) == whole
+        assert data.prompts(built, 1, nano) == whole[:1] and data.prompts(built, 0, nano) == []
+    assert data.prompts(build([{"text": "a b c"}], nano, alpaca), 3, nano) == []
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -441,9 +449,9 @@ def test_utf8_bom_crlf_and_line_separators(tmp_path, nano, alpaca):
     rows = [{"instruction": "a\u2028b\u0085c\u000cd", "output": "x\u2029y"}, {"instruction": "e", "output": "f"}]
     lines = [json.dumps(r, ensure_ascii=False) for r in rows]
     for text in ("\ufeff" + "\n".join(lines), "\r\n".join(lines) + "\r\n", "\n\n" + "\n \n".join(lines)):
-        assert [r for _, r in data.read_rows(write(tmp_path / "d.jsonl", text))] == rows
-    assert [r for _, r in data.read_rows(write(tmp_path / "d.json", "\ufeff" + json.dumps(rows)))] == rows
-    where = [w for w, _ in data.read_rows(write(tmp_path / "d.jsonl", "\r\n\r\n".join(lines)))]
+        assert [r for _, r in read_rows(write(tmp_path / "d.jsonl", text))] == rows
+    assert [r for _, r in read_rows(write(tmp_path / "d.json", "\ufeff" + json.dumps(rows)))] == rows
+    where = [w for w, _ in read_rows(write(tmp_path / "d.jsonl", "\r\n\r\n".join(lines)))]
     assert where == [f"{tmp_path}/d.jsonl:1", f"{tmp_path}/d.jsonl:3"]
 
 
@@ -455,13 +463,13 @@ def test_csv_fields_hold_any_character(tmp_path, quoting):
     w = csv.DictWriter(f, rows[0], quoting=quoting)
     w.writeheader()
     w.writerows(rows)
-    assert [r for _, r in data.read_rows(write(tmp_path / "d.csv", "\ufeff" + f.getvalue()))] == rows
-    assert [r for _, r in data.read_rows(write(tmp_path / "d.csv", f.getvalue().replace("\r\n", "\n")))] == rows
+    assert [r for _, r in read_rows(write(tmp_path / "d.csv", "\ufeff" + f.getvalue()))] == rows
+    assert [r for _, r in read_rows(write(tmp_path / "d.csv", f.getvalue().replace("\r\n", "\n")))] == rows
 
 
 def test_csv_fields_may_be_long(tmp_path):
     row = {"document": "word " * 40_000, "summary": "words"}
-    assert data.read_rows(write_rows(tmp_path / "d.csv", [row]))[0][1] == row
+    assert read_rows(write_rows(tmp_path / "d.csv", [row]))[0][1] == row
 
 
 def test_half_a_character_in_json(tmp_path, nano, sp, tokenizers_by_name):
@@ -470,18 +478,19 @@ def test_half_a_character_in_json(tmp_path, nano, sp, tokenizers_by_name):
                  '{"messages": [{"role": "user", "content": "\\ude00"}, '
                  '{"role": "assistant", "content": "\\ud83d\\ude00"}]}')
     for tok in (nano, sp, tokenizers_by_name["chatml"][1]):
-        built = data.build(data.read_rows(path), tok, data.load_template("alpaca", tok), 512)
-        assert built.rows[0][1]["content"] == "ok \ufffd" and built.rows[1][1]["content"] == "\U0001f600"
-        assert learned_runs(built.examples[0], tok)[0].startswith("ok \ufffd")
+        built = data.build(read_rows(path), tok, data.load_template("alpaca", tok), 512)
+        assert [learned_runs(e, tok) for e in built] == [["ok \ufffd" + tok.eos], ["\U0001f600" + tok.eos]]
+        assert learned_runs(built[0], tok)[0].startswith("ok \ufffd")
 
 
 ROW = '{"instruction": "a", "output": "b"}\n'
 BAD = [
-    ("d.jsonl", "", r"d\.jsonl: the file is empty"),
-    ("d.csv", "\ufeff \n\n", r"d\.csv: the file is empty"),
+    ("d.jsonl", "", r"d\.jsonl: no rows in it"),
+    ("d.csv", "\ufeff \n\n", r"d\.csv: no rows in it"),
+    ("d.txt", " \n", r"d\.txt: no rows in it"),
     ("d.json", "[]", r"d\.json: no rows in it"),
     ("d.csv", "instruction,output\n", r"d\.csv: no rows in it"),
-    ("d.jsonl", (ROW * 2).encode() + b'{"instruction": "caf\xe9", "output": "b"}\n', r"d\.jsonl: not UTF-8 at line 3 "),
+    ("d.jsonl", (ROW * 2).encode() + b'{"instruction": "caf\xe9", "output": "b"}\n', r"d\.jsonl:3: not UTF-8 \(byte 20"),
     ("d.txt", b"one\ntwo \xff\n", r"d\.txt: not UTF-8 at line 2 "),
     ("d.jsonl", ROW + "\n" + '{"instruction": "a", "output": }\n', r"d\.jsonl:3: broken JSON \(.*column 32"),
     ("d.jsonl", ROW + ROW.strip()[:-1], r"d\.jsonl:2: broken JSON"),
@@ -515,7 +524,7 @@ BAD = [
      r"d\.jsonl:2: .* role 'x{20,40}\.\.\.x{20,40}' is"),
     ("d.csv", "prompt,completion\na,b\nc,d, e\n", r"d\.csv:3: more fields than the header has names"),
     ("d.csv", "text,text\na,b\n", r"d\.csv: two columns have the name 'text'"),
-    ("d.parquet", "PAR1", r"d\.parquet: unknown kind of file"),
+    ("d.bin", "PAR1", r"d\.bin: unknown kind of file"),
 ]
 
 
@@ -523,7 +532,7 @@ BAD = [
 def test_errors_name_file_and_line(tmp_path, nano, alpaca, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(UserError, match="^" + re.escape(f"{tmp_path}/") + message) as e:
-        data.build(data.read_rows(path), nano, alpaca, 512)
+        data.build(read_rows(path), nano, alpaca, 512)
     assert "\n" not in str(e.value) and len(str(e.value)) < 1000
 
 
@@ -532,20 +541,62 @@ def test_a_missing_file_a_folder_and_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "pipe.jsonl", tmp_path / ("a" * 300), "/dev/zero"):
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}: (cannot be read|not a regular file)"):
-            data.read_rows(path)
+            read_rows(path)
 
 
 # ---------------------------------------------------------------------------------------------- split, plan, collate
 
+def examples_of(n):
+    """n rows; row i has one token more than row i - 1."""
+    return dataset_of([data.Example([1] * (i + 1), [1] * (i + 1)) for i in range(n)]).parts[0].file
+
+
+def split(n, fraction, seed):
+    """The numbers of the training rows and of the held-out rows."""
+    sets = (data.Dataset(parts) for parts in data.split([examples_of(n)], fraction, seed, [False]))
+    return [[length - 1 for length in s.lengths.tolist()] for s in sets]
+
+
 def test_split():
     rows = list(range(100))
-    a, b = data.split(rows, 0.1, seed=1)
+    a, b = split(100, 0.1, seed=1)
     assert len(b) == 10 and sorted(a + b) == rows and a == sorted(a) and b == sorted(b)
-    assert data.split(rows, 0.1, seed=1) == (a, b) and data.split(rows, 0.1, seed=2) != (a, b)
-    assert b != rows[:10] and b != rows[-10:]
+    assert split(100, 0.1, seed=1) == [a, b] and split(100, 0.1, seed=2) != [a, b]
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1)).tolist()
+    assert b == sorted(order[:10]) != rows[:10]
     for fraction, n in ((0.0, 100), (0.1, 4), (1.0, 100), (0.5, 1)):
         with pytest.raises(UserError, match=rf"--val-frac {fraction} of {n} rows"):
-            data.split(rows[:n], fraction, seed=0)
+            split(n, fraction, seed=0)
+
+
+def test_the_last_windows_of_a_text_are_held_out(tmp_path, nano):
+    text = " ".join(corpus(60))
+    ids = [*nano.encode(text), nano.eos_id]
+    file = data.Examples(data.read_tokens(write(tmp_path / "book.txt", text), nano, "", use_cache=False), 16)
+    train_set, val_set = (data.Dataset(parts) for parts in data.split([file], 0.25, 0, [True]))
+    n = len(train_set)
+    assert len(val_set) == round(0.25 * len(file.rows)) > 2 and n + len(val_set) == len(file.rows)
+    assert [t for e in train_set for t in e.targets] == ids[1:16 * n + 1]  # each token is predicted once, in one of the sets
+    assert [t for e in val_set for t in e.targets] == ids[16 * n + 1:]
+
+
+@pytest.mark.parametrize("weight, n", [(1.0, 10), (2.0, 20), (1.5, 15), (0.3, 3)])
+def test_a_files_weight(weight, n):
+    file = examples_of(10)
+    built = data.Dataset([examples_of(4).part(), file.part()], [1.0, weight], seed=1)
+    lengths = built.lengths[4:].tolist()
+    assert built.lengths[:4].tolist() == [1, 2, 3, 4] and len(lengths) == n
+    assert all(lengths.count(i) in (int(weight), int(weight) + 1) for i in range(1, 11))
+    assert data.Dataset([examples_of(4).part(), file.part()], [1.0, weight], seed=1).lengths[4:].tolist() == lengths
+
+
+def test_what_is_cut(nano, alpaca):
+    built = build([{"prompt": "a", "completion": " b" * n} for n in (10, 20, 30, 300)], nano, alpaca, 24)
+    left = [11, 21, 24, 24]  # the prompt is one token, and each reply has an end token
+    assert built.labels.tolist() == left and built.n_lost == 7 + 277
+    assert built.what_is_cut() == ("2 of 4 rows cut at 24: 78 % of the learned tokens lost; lengths p50 21, p95 31, max 301"
+                                   "; --max-length 512 keeps 100 %")
+    assert build([{"text": "a b c " * 99}], nano, alpaca, 24).what_is_cut() is None  # a text becomes windows
 
 
 def lengths_of(n):
@@ -556,28 +607,42 @@ def lengths_of(n):
 def test_plan_covers_each_epoch_once(n):
     lengths = lengths_of(n)
     for epoch in range(3):
-        steps = data.plan(lengths, 4, 2, seed=3, epoch=epoch)
+        steps = steps_of(lengths, 4, 2, seed=3, epoch=epoch)
         assert sorted(i for step in steps for micro in step for i in micro) == list(range(n))
         sizes = sorted(sum(map(len, step)) for step in steps)
         assert len(steps) == -(-n // 8) and sizes[1:] == [8] * (len(steps) - 1) and sizes[0] == (n % 8 or 8)
         assert all(0 < len(micro) <= 4 for step in steps for micro in step)
         assert all(len(step) == 2 for step in steps if sum(map(len, step)) == 8)
-        assert steps == data.plan(lengths, 4, 2, seed=3, epoch=epoch)
+        assert steps == steps_of(lengths, 4, 2, seed=3, epoch=epoch)
     if n > 100:
-        first, second, third = (data.plan(lengths, 4, 2, 3, epoch) for epoch in range(3))
-        assert first != second != third != first and first != data.plan(lengths, 4, 2, 4, 0)
+        first, second, third = (steps_of(lengths, 4, 2, 3, epoch) for epoch in range(3))
+        assert first != second != third != first and first != steps_of(lengths, 4, 2, 4, 0)
         assert {frozenset(sum(s, [])) for s in first} != {frozenset(sum(s, [])) for s in second}
+
+
+def test_the_plan_in_plain_python():
+    """The same examples in the same order, step for step: a run that is continued after an update takes the same steps."""
+    for n, batch_size, grad_accum, seed, epoch in ((333, 4, 2, 3, 0), (333, 4, 2, 3, 7), (100, 8, 1, 0, 1), (5, 2, 3, 1, 0)):
+        lengths, per_step = lengths_of(n), batch_size * grad_accum
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order, steps = torch.randperm(n, generator=rng).tolist(), []
+        for w in range(0, n, 16 * per_step):
+            window = sorted(order[w:w + 16 * per_step], key=lambda i: -lengths[i])
+            steps += [window[s:s + per_step] for s in range(0, len(window), per_step)]
+        steps = [steps[i] for i in torch.randperm(len(steps), generator=rng).tolist()]
+        wanted = [[step[m:m + batch_size] for m in range(0, len(step), batch_size)] for step in steps]
+        assert steps_of(lengths, batch_size, grad_accum, seed, epoch) == wanted
 
 
 def test_plan_same_steps_for_every_split():
     lengths = lengths_of(333)
-    as_sets = [[sum(step, []) for step in data.plan(lengths, b, g, 0, 5)] for b, g in ((8, 1), (4, 2), (2, 4), (1, 8))]
+    as_sets = [[sum(step, []) for step in steps_of(lengths, b, g, 0, 5)] for b, g in ((8, 1), (4, 2), (2, 4), (1, 8))]
     assert as_sets[0] == as_sets[1] == as_sets[2] == as_sets[3]
 
 
 def test_plan_sorts_inside_windows_only():
     lengths = lengths_of(2000)
-    steps = [sum(step, []) for step in data.plan(lengths, 8, 1, 0, 0)]
+    steps = [sum(step, []) for step in steps_of(lengths, 8, 1, 0, 0)]
     padding = sum(len(s) * max(lengths[i] for i in s) - sum(lengths[i] for i in s) for s in steps)
     assert padding < 0.1 * sum(lengths)  # in random order it is about 0.8
     spread = torch.tensor([float(lengths[s[0]]) for s in steps])
@@ -591,7 +656,7 @@ def test_the_largest_micro_batches(how, pack):
     """A micro-batch is left out exactly if another one, at least as large in every respect, is there."""
     # The longest examples have the fewest labels, so that no micro-batch is the largest in every respect.
     examples = [data.Example([0] * n, [IGNORE] * (n - k) + [0] * k) for n in lengths_of(150) for k in [min(n, 200 - n)]]
-    plan = data.Plan(data.Dataset(examples, []), *how, seed=0, pack=pack)
+    plan = data.Plan(dataset_of(examples), *how, seed=0, pack=pack)
     steps = range(1, 2 * plan.steps_per_epoch)
     sizes = {(step, i): size for step in steps for i, size in enumerate(plan.sizes(step))}
     chosen = {sizes[step, i] for step, numbers in plan.largest(steps).items() for i in numbers}
@@ -603,7 +668,7 @@ def test_the_largest_micro_batches(how, pack):
 def test_the_largest_micro_batches_of_a_long_run(monkeypatch):
     """No run is planned to its end before it starts: 20 million steps took minutes."""
     examples = [data.Example([0] * n, [0] * n) for n in lengths_of(60)]
-    plan = data.Plan(data.Dataset(examples, []), 2, 1, seed=0)
+    plan = data.Plan(dataset_of(examples), 2, 1, seed=0)
     monkeypatch.setattr(data, "PLANNED", 500)
     start = time.process_time()
     assert plan.largest(range(1, 10**9)) == plan.largest(range(1, 501)) != plan.largest(range(1, 91))
@@ -648,7 +713,7 @@ def test_show_marks_exactly_what_is_learned(nano, sp, alpaca, colour):
     rows = [{"messages": CHAT}, {"prompt": "ab", "completion": " cd"}, {"text": "👍 one two"},
             {"instruction": "x", "output": "y"}]
     for tok in (nano, sp):
-        examples = build(rows, tok, data.load_template("alpaca", tok)).examples
+        examples = list(build(rows, tok, data.load_template("alpaca", tok)))
         shown = re.split(r"(?m)^--- example \d+: .*\n", data.show(examples, tok, colour))[1:]
         assert len(shown) == len(examples)
         for e, text, row in zip(examples, shown, rows, strict=True):
@@ -658,7 +723,7 @@ def test_show_marks_exactly_what_is_learned(nano, sp, alpaca, colour):
                 want = [m["content"] + tok.eos for m in row.get("messages", []) if m["role"] == "assistant"] or [
                     row.get("completion", row.get("output")) + tok.eos]
                 assert re.findall(mark, text, flags=re.S) == want
-    cut = build(rows[:1], nano, alpaca, len(examples[0].ids) // 2).examples
+    cut = list(build(rows[:1], nano, alpaca, len(examples[0].ids) // 2))
     assert data.show(cut, nano, colour).count("\x1b[32m" if colour else "[[") == len(learned_runs(cut[0], nano))
 
 
@@ -677,5 +742,5 @@ def test_show_batch_trains_nothing(tmp_path, gpt2_folder, data_file, capsys):
 
 def test_the_bundled_data_reads(nano, alpaca):
     for name in ("support", "support-heldout"):
-        built = data.build(data.read_rows(hub.ASSETS / f"{name}.jsonl"), nano, alpaca, 512)
+        built = data.build(read_rows(hub.ASSETS / f"{name}.jsonl"), nano, alpaca, 512)
         assert (built.n_dropped, built.n_truncated) == (0, 0) and len(built) > 50

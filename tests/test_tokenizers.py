@@ -415,10 +415,10 @@ def test_sentencepiece_bos_once_before_raw_text(sp, tmp_path, meta):
     assert ours.bos == "<s>" and ours.adds_bos and ours.eos_id == 2 and ours.stop_ids == {2}
     ids, learned = data.tokenize([("ab", False), (" cd", True)], ours, bos=True)
     assert ids == [1, *oracle.encode("ab cd")] and learned[0] is False
-    built = data.build([("f:1", {"text": "ab cd"})], ours, "", 64).examples[0]
+    built = data.build([("f:1", {"text": "ab cd"})], ours, "", 64)[0]
     assert built.ids + built.targets[-1:] == [1, *oracle.encode("ab cd"), 2]
     template = data.load_template("alpaca", ours)
-    built = data.build([("f:1", {"instruction": "ab", "output": "cd"})], ours, template, 512).examples[0]
+    built = data.build([("f:1", {"instruction": "ab", "output": "cd"})], ours, template, 512)[0]
     assert built.ids.count(1) == 1 and built.ids[0] == 1
 
 

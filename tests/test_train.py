@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_data, make_folder
-from runs import evaluations, lines, no_picture, options, run, steps, timeless
+from runs import dataset_of, evaluations, lines, no_picture, options, run, steps, steps_of, timeless
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -26,7 +26,8 @@ import lora
 import memory
 import train
 from errors import UserError
-from files import peft_files, weights
+from files import peft_files, template, weights
+from files.rows import read_rows
 from run.evaluate import evaluate
 from run.options import resolve_bits
 from techniques import loss
@@ -63,12 +64,12 @@ def go(shared, tmp_path):
 
 
 def examples(shared, family, file="data.jsonl"):
-    return dataset(shared, family, file).examples
+    return list(dataset(shared, family, file))
 
 
 def dataset(shared, family, file="data.jsonl"):
     tokenizer = data.load_tokenizer(str(shared / family))
-    return data.build(data.read_rows(shared / file), tokenizer, data.load_template("auto", tokenizer), 128)
+    return data.build(read_rows(shared / file), tokenizer, data.load_template("auto", tokenizer), 128)
 
 
 def gradients(monkeypatch, train_it) -> list[torch.Tensor]:
@@ -100,7 +101,7 @@ def assert_same_gradients(got, wanted, tolerance=1e-6):
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_micro_batches_have_the_gradient_of_one_batch(family, full, go, shared, monkeypatch):
     """transformers#34191: 8 micro-batches of 1, 4 of 2 and one batch of 8 have the gradient of PyTorch's cross-entropy."""
-    first = data.plan([len(e.ids) for e in examples(shared, family)], 8, 1, 0, 0)[0][0]
+    first = steps_of([len(e.ids) for e in examples(shared, family)], 8, 1, 0, 0)[0][0]
     chosen = [examples(shared, family)[i] for i in first]
     assert len({sum(t != -100 for t in e.targets) for e in chosen}) > 3  # unequal, so a mean of means would differ
 
@@ -126,15 +127,14 @@ def test_an_example_without_a_label_changes_nothing(go, shared, monkeypatch, tmp
     make_data(tmp_path / "seven.jsonl", 7)
     seven = dict(data=tmp_path / "seven.jsonl", steps=2, lr=1e-3)
     wanted = gradients(monkeypatch, lambda: go(name="without", batch_size=7, **seven))
-    build = data.build
+    micro_batches = data.Plan.micro_batches
 
-    def with_masked(rows, *args):
-        d = build(rows, *args)
-        if len(rows) == 7:
-            d.examples.insert(3, data.Example([5, 6, 7, 8], [loss.IGNORE] * 4))
-        return d
+    def with_masked(plan, step):
+        examples = [e for m in micro_batches(plan, step) for e in m]
+        examples.insert(3, data.Example([5, 6, 7, 8], [loss.IGNORE] * 4))
+        return [examples[i:i + plan.how[0]] for i in range(0, 8, plan.how[0])]
 
-    monkeypatch.setattr(data, "build", with_masked)
+    monkeypatch.setattr(data.Plan, "micro_batches", with_masked)
     for b, ga in ((8, 1), (2, 4), (1, 8)):
         name = f"masked-{b}x{ga}"
         assert_same_gradients(gradients(monkeypatch, lambda b=b, ga=ga, name=name:
@@ -167,7 +167,7 @@ def test_the_last_window_is_kept_and_weighed_right(go):
 def test_every_example_once_an_epoch(shared):
     lengths = [len(e.ids) for e in examples(shared, "gpt2")]
     for b, ga in ((8, 1), (2, 4), (5, 3), (100, 1)):
-        epochs = [data.plan(lengths, b, ga, 0, epoch) for epoch in (0, 1)]
+        epochs = [steps_of(lengths, b, ga, 0, epoch) for epoch in (0, 1)]
         for plan in epochs:
             assert sorted(i for step in plan for micro in step for i in micro) == list(range(ROWS))
         assert b == 100 or epochs[0] != epochs[1]
@@ -516,7 +516,7 @@ def test_kill_9_at_any_moment_leaves_a_state_to_resume_from(shared, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_held_out_loss_is_the_mean_over_tokens(family, shared):
-    found = examples(shared, family)
+    found, tokenizer = examples(shared, family), data.load_tokenizer(str(shared / family))
     model = weights.load(str(shared / family))
     total, labels, means = 0.0, 0, []
     with torch.no_grad():
@@ -527,7 +527,7 @@ def test_held_out_loss_is_the_mean_over_tokens(family, shared):
     replies = [json.loads(line)["output"] for line in (shared / "data.jsonl").read_text().splitlines()]
     n_bytes = sum(len(r.encode()) for r in replies)
     for b, pack in ((1, False), (5, False), (5, True), (100, False)):
-        got = evaluate(model, found, TrainConfig(device="cpu", batch_size=b, pack=pack))
+        got = evaluate(model, dataset_of(found), TrainConfig(device="cpu", batch_size=b, pack=pack), tokenizer)
         assert got["val_loss"] == pytest.approx(total / labels, rel=1e-6)
         assert got["val_bits_per_byte"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-6)
     assert abs(sum(means) / len(means) - total / labels) > 1e-3  # the mean of means is another number
@@ -537,6 +537,7 @@ def test_held_out_loss_is_the_mean_over_tokens(family, shared):
 def test_two_evaluations_are_equal_whatever_the_dropout(family, shared):
     """nanoGPT#240: there dropout stayed on in evaluation."""
     found, cfg, values = examples(shared, family), TrainConfig(device="cpu", batch_size=4), []
+    tokenizer = data.load_tokenizer(str(shared / family))
     for dropout in (0.0, 0.5):
         model = weights.load(str(shared / family))
         torch.manual_seed(0)
@@ -547,7 +548,7 @@ def test_two_evaluations_are_equal_whatever_the_dropout(family, shared):
                     p.normal_()
         model.train()
         before = torch.get_rng_state()
-        values += [evaluate(model, found, cfg) for _ in range(2)]
+        values += [evaluate(model, dataset_of(found), cfg, tokenizer) for _ in range(2)]
         assert model.training and torch.equal(torch.get_rng_state(), before)
         hidden = model.hidden(torch.tensor([found[0].ids]))
         assert torch.equal(hidden, model.hidden(torch.tensor([found[0].ids]))) == (dropout == 0)  # on in training
@@ -582,7 +583,7 @@ def test_the_files_of_a_run(finished, shared):
     for folder in ("adapter", "best"):
         assert {f.name for f in (out / folder).iterdir()} == {"adapter_model.safetensors", "adapter_config.json",
                                                               "chat_template.jinja", "generation_config.json"}
-        assert (out / folder / "chat_template.jinja").read_text() == data.ALPACA
+        assert (out / folder / "chat_template.jinja").read_text() == template.ALPACA
         assert json.loads((out / folder / "generation_config.json").read_text()) == {"eos_token_id": [4095]}
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (out / "loss.png").stat().st_size > 5000
 
@@ -648,7 +649,7 @@ def test_best_is_the_lowest_held_out_loss(finished, shared):
     assert values["val_best"] < 0.997 * values["val_after"]  # else this test proves nothing
     for folder, wanted in (("best", "val_best"), ("adapter", "val_after")):
         model = peft_files.load(weights.load(str(shared / family)), out / folder)
-        got = evaluate(model, examples(shared, family, "zebras.jsonl"), cfg)
+        got = evaluate(model, dataset(shared, family, "zebras.jsonl"), cfg, data.load_tokenizer(str(shared / family)))
         assert got["val_loss"] == pytest.approx(values[wanted], rel=1e-5)
 
 
@@ -663,8 +664,8 @@ def test_full_trains_every_weight_and_leaves_model_folders(family, go, shared, t
         model = weights.load(str(out / folder))
         assert (out / folder / "chat_template.jinja").is_file()
         assert not [n for n, p in model.named_parameters() if torch.equal(p, start[n])]
-        found = examples(shared, family, "val.jsonl")
-        got = evaluate(model, found, TrainConfig(device="cpu", batch_size=8))["val_loss"]
+        found, tokenizer = dataset(shared, family, "val.jsonl"), data.load_tokenizer(str(shared / family))
+        got = evaluate(model, found, TrainConfig(device="cpu", batch_size=8), tokenizer)["val_loss"]
         assert got == pytest.approx(summary["loss"][wanted], rel=1e-5)
         ours, theirs = (data.load_tokenizer(str(f)).encode("a b") for f in (out / folder, shared / family))
         assert ours == theirs
