@@ -201,6 +201,8 @@ def options_of_run(cfg: TrainConfig) -> TrainConfig:
         check(path, name, config.get(name), kind)
     for name, text in {**config["versions"], **config["arithmetic"]}.items():
         check(path, name, text, str)
+    if config.get("commit") is not None:
+        check(path, "commit", config["commit"], str)
     check_ranges(checked(TrainConfig, saved := config["options"], path), f"{path}: ")  # (some are not used again: epochs)
     if missing := [f.name for f in dataclasses.fields(TrainConfig) if f.name not in (*saved, *record.NOT_SAVED)]:
         raise UserError(f"{path}: option {missing[0]} is missing (the run is of another version)")

@@ -236,7 +236,7 @@ def test_a_state_that_cannot_be(change, says, start, tmp_path):
 
 
 @pytest.mark.parametrize("name, value", [("arithmetic", None), ("arithmetic", {"products": 1}), ("versions", []),
-                                         ("seed", "0"), ("inputs", 3), ("options", [])])
+                                         ("seed", "0"), ("inputs", 3), ("options", []), ("commit", False)])
 def test_a_config_of_a_run_that_cannot_be(name, value, start, tmp_path):
     start()
     os.remove(tmp_path / "run" / "summary.json")
