@@ -1,4 +1,7 @@
 """What a run needs before its first step: the data, the options that depend on it, the model, the optimizer."""
+import itertools
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -12,19 +15,44 @@ from techniques.optim import OPTIMIZERS, AdamW
 
 
 def read_data(cfg: TrainConfig):
-    """(tokenizer, template, training set, held-out set)."""
+    """(tokenizer, template, training set, {name: held-out set}). The first held-out set is the main one."""
     tokenizer = data.load_tokenizer(cfg.model)
     template = data.load_template(cfg.template, tokenizer)
     rows = data.read_rows(cfg.data)
-    rows, val_rows = (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.split(rows, cfg.val_frac, cfg.seed)
-    train_set, val_set = (data.build(r, tokenizer, template, cfg.max_length) for r in (rows, val_rows))
-    return tokenizer, template, train_set, val_set
+    held_out = {}
+    if cfg.val_data:
+        held_out = {name: data.read_rows(file) for name, file in val_files(cfg.val_data).items()}
+    else:
+        rows, held_out["held-out"] = data.split(rows, cfg.val_frac, cfg.seed)
+    train_set, *val_sets = (data.build(r, tokenizer, template, cfg.max_length) for r in (rows, *held_out.values()))
+    if cfg.eval_examples and cfg.eval_examples > (most := max(map(len, val_sets))):
+        raise UserError(f"--eval-examples {cfg.eval_examples}: only {most} examples are held out; leave it out")
+    return tokenizer, template, train_set, dict(zip(held_out, val_sets))
+
+
+def val_files(val_data: str) -> dict[str, str]:
+    """--val-data a.jsonl,b.jsonl -> {"a": "a.jsonl", "b": "b.jsonl"}: the names are those in metrics.jsonl.
+
+    A second a gets the name a-2. A file whose own name has a comma can only be the only one. Raises UserError.
+    """
+    files = {}
+    for file in [val_data] if Path(val_data).exists() else val_data.split(","):
+        if not file.strip():
+            raise UserError(f"--val-data {val_data}: there is a comma without a file beside it")
+        name = stem = Path(file).stem
+        for n in itertools.count(2):
+            if name not in files:
+                break
+            name = f"{stem}-{n}"
+        files[name] = file
+    return files
 
 
 def inputs(cfg: TrainConfig, template: str) -> dict:
     """Hashes of what the run is made from (files/fingerprint.py), for its config.json. --resume compares them."""
     folder = weights.find(cfg.model)
-    return {"data": fingerprint.of_file(cfg.data), "val_data": cfg.val_data and fingerprint.of_file(cfg.val_data),
+    return {"data": fingerprint.of_file(cfg.data),
+            "val_data": cfg.val_data and ",".join(map(fingerprint.of_file, val_files(cfg.val_data).values())),
             "template": fingerprint.of_text(template), "tokenizer": fingerprint.of_tokenizer(folder),
             "weights": None if cfg.from_scratch else fingerprint.of_weights(folder)}
 
@@ -41,6 +69,8 @@ def resolve_steps(cfg: TrainConfig, plan: data.Plan):
         raise UserError(f"--warmup-steps {cfg.warmup_steps}: the run has {cfg.steps} steps, the full rate is never reached")
     cfg.eval_every = cfg.eval_every or plan.steps_per_epoch
     cfg.save_every = cfg.save_every or cfg.eval_every
+    if cfg.sample_every and cfg.sample_every >= cfg.steps:
+        raise UserError(f"--sample-every {cfg.sample_every}: there are {cfg.steps} steps, nothing is sampled before the end")
 
 
 def load_model(cfg: TrainConfig) -> nn.Module:

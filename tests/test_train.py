@@ -616,13 +616,15 @@ def test_the_summary(finished, shared):
     assert {k: set(v) if isinstance(v, dict) else None for k, v in summary.items()} == {
         "params": {"total", "trainable", "percent"},
         "memory": {"predicted_peak", "predicted_by_category", "measured_peak", "reserved", "rss_peak", "by_category"},
-        "loss": {"first", "last", "val_before", "val_after", "val_best"},
-        "tokens_per_s": None, "examples_per_s": None, "wall_s": None, "steps": None,
+        "loss": {"first", "last", "val_before", "val_after", "val_best", "perplexity", "others"},
+        "tokens_per_s": None, "examples_per_s": None, "wall_s": None, "eval_s": None, "steps": None, "next": None,
         "arithmetic": {"weights", "products", "why"}}
     got, evals, loss_ = steps(out), evaluations(out), summary["loss"]
     assert (loss_["first"], loss_["last"]) == (got[0]["loss"], got[-1]["loss"])
     values = [x["val_loss"] for x in evals]
     assert (loss_["val_before"], loss_["val_after"], loss_["val_best"]) == (values[0], values[-1], min(values[1:]))
+    assert loss_["perplexity"] == pytest.approx(math.exp(values[-1])) and loss_["others"] == {}
+    assert 0 < summary["eval_s"] < summary["wall_s"]
     m, params = summary["memory"], summary["params"]
     assert m["reserved"] is None and m["rss_peak"] > 50e6 and tuple(m["by_category"]) == memory.CATEGORIES
     assert sum(m["by_category"].values()) == m["measured_peak"]
