@@ -560,15 +560,15 @@ def test_two_evaluations_are_equal_whatever_the_dropout(family, shared):
 
 def test_when_an_evaluation_is_due():
     """The last step always; and none that is at most half of --eval-every before it."""
-    def due(steps, every):
-        return [s for s in range(1, steps + 1) if is_due(s, TrainConfig(steps=steps, eval_every=every))]
+    def due(last, every):
+        return [s for s in range(1, last + 1) if is_due(s, TrainConfig(steps=last, eval_every=every))]
 
     assert due(25, 24) == [25] and due(25, 12) == [12, 25] and due(24, 12) == [12, 24] and due(3, 1) == [1, 2, 3]
     assert due(18, 12) == [18] and due(19, 12) == [12, 19] and due(5, 2) == [2, 5] and due(3, 9) == [3]
-    for steps in range(1, 40):
+    for last in range(1, 40):
         for every in range(1, 40):
-            found = due(steps, every)
-            assert found[-1] == steps and all(2 * (b - a) > every for a, b in zip(found, found[1:], strict=False))
+            found = due(last, every)
+            assert found[-1] == last and all(2 * (b - a) > every for a, b in zip(found, found[1:], strict=False))
 
 
 def test_an_evaluation_of_some_examples(go, shared, tmp_path):
@@ -601,7 +601,7 @@ def test_several_held_out_files(go, shared, tmp_path, capsys):
     assert loss_["others"] == {n: {"before": evals[0][f"val_loss/{n}"], "after": evals[-1][f"val_loss/{n}"]}
                                for n in ("data", "val-2")}
     out = capsys.readouterr().out
-    assert "held-out val-2: 3 examples" in out and re.search(r"^val-2 +\d\.\d{4} -> ", out, re.M)
+    assert "held-out val-2: 3 examples" in out and re.search(r"^val-2 +\d+\.\d{4} -> ", out, re.M)
     for wrong in (f"{shared / 'val.jsonl'},", ",x"):
         with pytest.raises(UserError, match="a comma without a file beside it"):
             go(name="wrong", val_data=wrong)
