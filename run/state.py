@@ -209,7 +209,7 @@ def saved_state(cfg: TrainConfig):
             wrong = [name for name, start in SEEN.items() if not same_kind(seen.get(name, start), start)]
             if wrong or not isinstance(numbers["scaler"], dict):
                 raise ValueError(f"{(wrong or ['scaler'])[0]} is of another kind")
-            yield f, numbers
+            yield f, {**numbers, "seen": seen}
         except (LookupError, ValueError, TypeError, RecursionError, RuntimeError, SafetensorError) as e:
             raise UserError(f"{path}: not the state of this run ({e}); start the run again in another folder"
                             f"{way_back(cfg.out)}") from None

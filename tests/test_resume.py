@@ -159,8 +159,9 @@ def scripted(run, line):
 def test_patience(killed, shared, start, tmp_path, monkeypatch, capsys):
     """It counts evaluations in a row, and the count survives a kill: stopped after step 4, with all the files of an end."""
     def go(name):
-        return train.main(options(tmp_path / name, shared / "llama", shared / "data.jsonl", val_data=str(shared / "val.jsonl"),
-                                  steps=6, eval_every=1, save_every=1, patience=2, samples=1), on_eval=scripted)
+        files = {"model": shared / "llama", "data": shared / "data.jsonl", "val_data": str(shared / "val.jsonl")}
+        return train.main(options(tmp_path / name, **files, steps=6, eval_every=1, save_every=1, patience=2, samples=1),
+                          on_eval=scripted)
 
     wanted, out = go("whole"), tmp_path / "run"
     assert (wanted["steps"], wanted["loss"]["val_best"], wanted["loss"]["val_after"]) == (4, 3.0, 3.2)
