@@ -107,6 +107,7 @@ def test_killed_at_every_rename(start, tmp_path, monkeypatch):
         if not state.state_file(out).is_file():
             with pytest.raises(UserError, match="no config.json|before its first save; remove .* and start it again"):
                 resume(out)
+            assert not (out / "metrics.jsonl").exists() or lines(out)[-1]["step"] <= 1  # from then on, there is a state
             continue
         resume(out)
         same(out, tmp_path / "whole")
@@ -143,9 +144,10 @@ def test_the_last_states_are_kept(linked, start, tmp_path, monkeypatch):
         damage()
         with pytest.raises(UserError, match="or copy .*state-000004.safetensors to .*state.safetensors, and --resume"):
             resume(out)
+        shutil.copy(out / "state" / "state-000004.safetensors", out / "state" / "state-000009.safetensors")
         shutil.copy(out / "state" / "state-000003.safetensors", newest)  # farther back than it says
         resume(out)
-        assert names_and_steps(out) == wanted  # not the states of before the way back
+        assert names_and_steps(out) == wanted  # and none of a later step, from before the way back
     start("again", steps=5, keep=3)
     same(out, tmp_path / "again", peak=False)
 
