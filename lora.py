@@ -22,6 +22,7 @@ and B is block diagonal, with zeros in k's rows:
 files/peft_files.py reads and writes adapters in PEFT's format. `python export.py merge` merges an adapter into the model's
 files. Below, r is the rank of one part, and R is the rank of the whole layer's adapter.
 """
+import contextlib
 import math
 from collections.abc import Callable
 from itertools import accumulate
@@ -182,6 +183,24 @@ def replace(model: nn.Module, name: str, module: nn.Module):
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module):
+    """`with disabled(model):` the adapters add 0, so the model answers as before training: DPO's reference (docs/dpo.py).
+
+    Raises UserError for an adapter that did not start at B = 0: its base layer alone was never the model.
+    """
+    scales = {m: m.scale for m in adapters(model).values()}
+    if any(m.start_A is not None for m in scales):
+        raise UserError("--lora-init loftq and pissa change the frozen weights; the model without adapters is another model")
+    try:
+        for m in scales:
+            m.scale = 0.0
+        yield
+    finally:
+        for m, scale in scales.items():
+            m.scale = scale
 
 
 # ---------------------------------------------------------------------------------------------- merging

@@ -34,14 +34,15 @@ from errors import UserError
 from files import weights
 from ledger import ask
 from ledger.fit import fit
-from run import prepare, record, state
-from run.evaluate import evaluate_run, why_not_finite
+from run import prepare, record, state, trackers
+from run.evaluate import evaluate_run, is_due, why_not_finite
+from run.hooks import Hooks
 from run.interrupt import Interrupt, Interrupted
 from run.options import TrainConfig, parse, resolve, resolve_for
 from run.watch import PeakWatch
 from techniques.compilation import compile_blocks
 from techniques.device import autocast
-from techniques.loss import sum_loss
+from techniques.loss import token_loss
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
@@ -55,8 +56,10 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return cfg.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.schedule]
 
 
-def train_step(model, optimizer, scaler, batches: list[data.Batch], cfg: TrainConfig) -> tuple[float, float]:
+def train_step(model, optimizer, scaler, batches: list[data.Batch], cfg: TrainConfig, sum_of=token_loss) -> tuple:
     """One optimizer step over its micro-batches -> (loss, norm of the gradient). Uses cfg's device, amp and clip.
+
+    sum_of(model, batch, hidden): the sum of a micro-batch's losses.
 
     Raises FloatingPointError, and leaves the weights as they are, where the loss or the gradient is not finite. With a
     float16 scaler, a gradient that overflows is no error: the scaler skips the step.
@@ -67,7 +70,7 @@ def train_step(model, optimizer, scaler, batches: list[data.Batch], cfg: TrainCo
         batch.to(cfg.device)
         with autocast(cfg.device, cfg.amp):
             hidden = model.hidden(batch.ids, batch.positions, batch.segments)  # (B, T, C)
-            loss = sum_loss(hidden, model.head, batch.targets) / n_labels
+            loss = sum_of(model, batch, hidden) / n_labels
         losses.append(loss.detach())
         scaler.scale(loss).backward()
     loss_sum = sum(loss.item() for loss in losses)  # read only now: each read would make the host wait for a GPU
@@ -82,42 +85,46 @@ def train_step(model, optimizer, scaler, batches: list[data.Batch], cfg: TrainCo
     return loss_sum, grad_norm
 
 
-def train(run: state.Run, plan: data.Plan, val_set: data.Dataset, params: dict, predictor: ask.Predictor | None) -> dict:
+def train(run: state.Run, plan: data.Plan, val_sets: dict, params: dict, predictor: ask.Predictor | None) -> dict:
     """The loop around the step, from the run's step to its last; returns what summary.json holds."""
-    cfg, model, seen = run.cfg, run.model, run.seen
+    cfg, model, seen, hooks = run.cfg, run.model, run.seen, run.hooks
     started = time.perf_counter() - seen["wall_s"]
-    prompts = data.prompts(val_set, cfg.samples, run.tokenizer)
+    prompts = data.prompts(next(iter(val_sets.values())), cfg.samples, run.tokenizer)
     seen["samples"] = seen["samples"] or replies(run, prompts)
     if cfg.compile:
         compile_blocks(model)
     if seen["val_before"] is None:
-        evaluate_run(run, val_set, "val_before")
-    prediction = ask.collect(predictor)
+        evaluate_run(run, val_sets, "val_before")
+    prediction = ask.collect(predictor, hooks.own_loss)
     watch = PeakWatch(model, run.optimizer, plan, cfg, run.step, seen)
-    progress = record.Progress(run.out, run.step, cfg.steps, seen)
+    progress = record.Progress(run)
     model.train()
     with Interrupt() as interrupt:
-        while run.step < cfg.steps:
+        while not run.ended:
             start, lr = time.perf_counter(), learning_rate(run.step, cfg)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             examples = plan.micro_batches(run.step)
             with watch.step(run.step) as timed:
-                batches = [data.collate(m, cfg.pack, cfg.max_length) for m in examples]
+                batches = [hooks.collate(m, cfg.pack, cfg.max_length) for m in examples]
                 try:
-                    loss, grad_norm = train_step(model, run.optimizer, run.scaler, batches, cfg)
+                    loss, grad_norm = train_step(model, run.optimizer, run.scaler, batches, cfg, hooks.loss)
                     run.note(loss, grad_norm)
                 except FloatingPointError as e:
                     raise UserError(f"step {run.step + 1}: {e}: {why_not_finite(model, cfg, run.step)}") from None
             run.step += 1
             tokens, step_s = sum(b.n_tokens for b in batches), time.perf_counter() - start
-            progress({"step": run.step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens,
-                      "examples": sum(b.n_examples for b in batches), "step_s": step_s, "tokens_per_s": tokens / step_s},
-                     timed)
-            last = run.step == cfg.steps
-            if run.step % cfg.eval_every == 0 or last:
-                evaluate_run(run, val_set, "val_after")
+            line = {"step": run.step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens,
+                    "examples": sum(b.n_examples for b in batches), "step_s": step_s, "tokens_per_s": tokens / step_s}
+            hooks.on_step(run, line)
+            progress(line, timed)
+            if is_due(run.step, cfg):
+                evaluate_run(run, val_sets, "val_after")
                 progress.say(f"step {run.step}: held-out loss {seen['val_after']:.4f} (best {seen['val_best']:.4f})")
+            last = run.ended
+            if cfg.sample_every and run.step % cfg.sample_every == 0 and not last:
+                seen["samples"] += replies(run, prompts)
+                record.write_samples(run, prompts)
             seen["wall_s"] = time.perf_counter() - started
             if run.step % cfg.save_every == 0 or last or interrupt.seen:
                 run.save()
@@ -126,8 +133,10 @@ def train(run: state.Run, plan: data.Plan, val_set: data.Dataset, params: dict, 
                 print(f"interrupted after step {run.step}; continue with: --out {run.out} --resume")
                 raise Interrupted(interrupt.seen)
     progress.close()
-    texts = [(run.tokenizer.decode(ids), wanted) for ids, wanted in prompts]
-    record.write_samples(run.out / "samples.md", cfg, texts, seen["samples"], replies(run, prompts))
+    if run.step < cfg.steps:
+        print(f"stopped after step {run.step} of {cfg.steps}: {cfg.patience} evaluations without a lower held-out loss than "
+              f"{seen['val_best']:.4f} (--patience)")
+    record.write_samples(run, prompts, replies(run, prompts))
     seen["wall_s"] = time.perf_counter() - started
     return record.summarise(run, params, prediction)
 
@@ -140,9 +149,14 @@ def replies(run: state.Run, prompts: list) -> list[str]:
                 for ids, _ in prompts]
 
 
-def main(cfg: TrainConfig) -> dict:
-    """Train as `cfg` says; returns what summary.json holds. Raises UserError, and KeyboardInterrupt after saving."""
+def main(cfg: TrainConfig, **own) -> dict:
+    """Train as `cfg` says; returns what summary.json holds. Raises UserError, and KeyboardInterrupt after saving.
+
+    own: a loss of your own, what happens after a step, and more: see run/hooks.py.
+    """
+    hooks = Hooks(**own)
     if cfg.fit:
+        hooks.refuse_prediction("--fit")
         return fit(cfg)
     if cfg.resume:
         cfg = state.options_of_run(cfg)
@@ -150,31 +164,33 @@ def main(cfg: TrainConfig) -> dict:
             return summary
     cfg = resolve(cfg)
     if cfg.dry_run:
+        hooks.refuse_prediction("--dry-run")
         return ask.dry_run(cfg)
     folder = weights.find(cfg.model)
     model_config, _, _ = weights.read_config(folder)
     resolve_for(cfg, model_config, weights.stored_bits(folder))
-    tokenizer, template, train_set, val_set = prepare.read_data(cfg, prepare.LOOKED_AT if cfg.show_batch else None)
+    tokenizer, template, train_set, val_sets = hooks.read_data(cfg)
     plan = prepare.plan_steps(train_set, cfg)
     if cfg.show_batch:
         print(data.show(plan.micro_batches(0)[0], tokenizer, sys.stdout.isatty()))
         return {}
     prepare.resolve_steps(cfg, plan)
-    inputs = prepare.inputs(cfg, template)
+    inputs = {**prepare.inputs(cfg, template), "loss": hooks.own_loss}
     if cfg.resume:
         state.check_inputs(cfg, inputs)
         if summary := state.finished(cfg):
             return summary
     with record.claimed(cfg) as out:
-        predictor = ask.start(cfg, plan)
+        predictor = ask.start(cfg, plan, hooks.own_loss)
         model = prepare.load_model(cfg)
         optimizer, scaler = prepare.make_optimizer(model, cfg), prepare.make_scaler(cfg)
-        run = state.Run(cfg, out, model, optimizer, scaler, tokenizer, template)
+        run = state.Run(cfg, out, model, optimizer, scaler, tokenizer, template, hooks)
         params = memory.count(model)
         if not cfg.resume:
             record.write_config(out, cfg, inputs)
-        record.announce(cfg, params, train_set, val_set, out)
-        return train(run, plan, val_set, params, predictor)
+        record.announce(cfg, params, train_set, val_sets, out)
+        with trackers.opened(run):
+            return train(run, plan, val_sets, params, predictor)
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def unfinished(base: Path, out: Path, options: dict):
 
 # ------------------------------------------------------------------------------------------------------ what a run leaves
 
-NOT_COMPARED = {"out", "wall_s", "step_s", "tokens_per_s", "examples_per_s", "timed",
+NOT_COMPARED = {"out", "next", "wall_s", "eval_s", "step_s", "tokens_per_s", "examples_per_s", "timed",
                 "memory", "rss_peak", "peak", "reserved", "by_category", "sha256"}  # (the hash of numbers with times)
 
 

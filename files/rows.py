@@ -41,6 +41,8 @@ def sources(spec: str) -> list[Source]:
     folder. Raises UserError."""
     found = []
     for part in [spec] if Path(spec).exists() else spec.split(","):
+        if not part.strip():
+            raise UserError(f"{spec!r}: an empty name of a file, or a comma without a file beside it")
         name, colon, number = part.rpartition(":")
         weight = 1.0
         if colon and not Path(part).exists():

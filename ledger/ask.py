@@ -124,16 +124,20 @@ def largest_steps(cfg: TrainConfig, full_length: bool = False):
 
 # ---------------------------------------------------------------------------------------------- for train.py
 
-def start(cfg: TrainConfig, plan) -> Predictor | None:
-    """Ask about the run that is about to start or to continue: about all its steps, as `measured` is of all its steps."""
-    if cfg.compile:
+def start(cfg: TrainConfig, plan, own_loss: str | None = None) -> Predictor | None:
+    """Ask about the run that is about to start or to continue: about all its steps, as `measured` is of all its steps.
+
+    None if the prediction, which runs train.py's step, would be wrong: with --compile, or with another loss (run/hooks.py).
+    """
+    if cfg.compile or own_loss:
         return None
     return Predictor().ask(cfg, examples_of(plan, watch.candidates(0, cfg.steps)))
 
 
-def collect(predictor: Predictor | None) -> dict:
+def collect(predictor: Predictor | None, own_loss: str | None = None) -> dict:
     """Print the answer and return it. If there is none, say why: training continues without it."""
-    answer = predictor.answer() if predictor else {"error": "--compile changes what is kept"}
+    why = f"{own_loss} is not train.py's own loss" if own_loss else "--compile changes what is kept"
+    answer = predictor.answer() if predictor else {"error": why}
     if predictor:
         predictor.close()
     if "error" in answer:

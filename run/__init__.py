@@ -4,7 +4,9 @@
     prepare        data, model and optimizer before the first step
     watch          which steps are measured: the peak of a run
     evaluate       the held-out loss
+    hooks          a loss of your own, and what else a Python program may replace
     interrupt      Ctrl-C lets the step finish
     state          saving and resuming
     record         the files in --out, and what a run prints
+    trackers       TensorBoard and wandb
 """

@@ -15,6 +15,7 @@ import torch
 
 from errors import UserError
 from files.hub import ASSETS
+from run import trackers
 from techniques import lora_init
 from techniques.compilation import check_compiler
 from techniques.device import compute_dtype, usable_device
@@ -49,8 +50,8 @@ class TrainConfig:
     full: bool = option(False, "lora", "train every weight, no adapters")
     data: str = option(None, "data", "JSON, JSONL, CSV, TXT or Parquet file, or its .gz; a folder of them; or several, with "
                        "weights: a.jsonl:2,b.jsonl (default: the bundled assets/support.jsonl)", type=str)
-    val_data: str = option(None, "data", "held-out file (default: --val-frac of --data; the bundled data has its own)",
-                           type=str)
+    val_data: str = option(None, "data", "held-out file, or several with commas: best/ and --patience go by the first "
+                           "(default: --val-frac of --data; the bundled data has its own)", type=str)
     val_frac: float = option(0.1, "data", "share of the rows held out when there is no --val-data")
     columns: str = option(None, "data", "names of columns: instruction=question,response=answer (KNOWN=YOURS)", type=str)
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be read, and count them")
@@ -79,9 +80,18 @@ class TrainConfig:
     clip: float = option(1.0, "train", "largest norm of the gradient (0: no clipping)")
     epochs: int = option(3, "train", "passes over the data, unless --steps is given")
     steps: int = option(None, "train", "optimizer steps (default: from --epochs)", type=int)
-    eval_every: int = option(None, "train", "steps between evaluations (default: an epoch)", type=int)
+    eval_every: int = option(None, "train", "steps between evaluations (default: an epoch); the last step has one too, in "
+                             "place of one that is at most half as many steps away", type=int)
+    eval_examples: int = option(None, "train", "held-out examples of an evaluation, the same each time (default: all)",
+                                type=int)
+    patience: int = option(None, "train", "stop after N evaluations in a row without a lower held-out loss (default: never)",
+                           type=int)
     save_every: int = option(None, "train", "steps between saves of what --resume needs (default: --eval-every)", type=int)
+    keep: int = option(1, "output", "states kept in state/: the newest, and the last ones before it")
     samples: int = option(3, "output", "held-out prompts answered before and after training, in samples.md")
+    sample_every: int = option(None, "output", "answer these prompts every N steps, too (default: never)", type=int)
+    report: str = option(None, "output", "send metrics.jsonl's lines also to tensorboard, wandb, or tensorboard,wandb",
+                         type=str)
     out: str = option(None, "output", "folder of the run (default: runs/MODEL-1, -2, ...)", type=str)
     resume: bool = option(False, "output", "continue the run in --out from its last save")
     given: ClassVar[frozenset[str]] = frozenset()  # the options that the command line names, also those at their defaults
@@ -96,7 +106,8 @@ def default_lr(width: int, full: bool) -> float:
 
 
 RANGES = [  # options, whether a value is possible (no comparison with nan is true), and the words of the refusal
-    ("max_length batch_size grad_accum epochs steps eval_every save_every", lambda n: n >= 1, "must be at least 1"),
+    ("max_length batch_size grad_accum epochs steps eval_every save_every eval_examples patience keep sample_every",
+     lambda n: n >= 1, "must be at least 1"),
     ("lora_r", lambda n: n >= 1, "the rank must be at least 1 (or train every weight with --full)"),
     ("batch_size", lambda n: n <= 10_000, "must be at most 10,000; for larger steps there is --grad-accum"),
     ("ckpt_every warmup_steps weight_decay clip samples", lambda x: 0 <= x < math.inf,
@@ -105,7 +116,8 @@ RANGES = [  # options, whether a value is possible (no comparison with nan is tr
     ("lora_dropout", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
     ("val_frac", lambda x: 0 <= x <= 1, "must be from 0 to 1"),
     ("seed", lambda n: 0 <= n < 2**32, "must be from 0 to 4294967295"),
-    ("max_length grad_accum epochs steps eval_every save_every ckpt_every warmup_steps samples lora_r",
+    ("max_length grad_accum epochs steps eval_every save_every ckpt_every warmup_steps samples lora_r eval_examples "
+     "patience keep sample_every",
      lambda n: n < 2**31, "must be below 2147483648")]
 
 
@@ -142,6 +154,9 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full:
         # With 4M parameters, adapters on Q and V alone learn too little, and default_lr fits larger models. See LOG.md.
         cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
+    if cfg.sample_every and not cfg.samples:
+        raise UserError("--sample-every has no effect with --samples 0")
+    trackers.check(cfg.report)
     if cfg.ckpt_offload and not cfg.ckpt_every:
         raise UserError("--ckpt-offload has no effect without --ckpt-every: it moves what a recomputed layer keeps")
     if cfg.dry_run and (cfg.compile or cfg.show_batch):

@@ -1,4 +1,6 @@
 """What a run needs before its first step: the data, the options that depend on it, the model, the optimizer."""
+import itertools
+
 import torch
 from torch import nn
 
@@ -13,32 +15,47 @@ from techniques.optim import OPTIMIZERS, AdamW
 LOOKED_AT = 1000  # rows of each file that --show-batch reads
 
 
-def read_data(cfg: TrainConfig, limit: int | None = None):
-    """(tokenizer, template, training set, held-out set). limit: only the first rows of each file are read."""
+def read_data(cfg: TrainConfig):
+    """(tokenizer, template, training set, {name: held-out set}). The first held-out set is the main one."""
     tokenizer = data.load_tokenizer(cfg.model)
     template = data.load_template(cfg.template, tokenizer)
     columns = conversations.parse_columns(cfg.columns)
 
-    def read(sources: list[rows.Source]) -> list[data.Examples]:
-        files = []
-        for s in sources:
-            tokens = data.read_tokens(s.path, tokenizer, template, columns, cfg.skip_bad_rows, not cfg.no_cache, limit)
-            say_what_is_not_used(s.path, tokens)
-            files.append(data.Examples(tokens, cfg.max_length))
-        return files
-
+    def read(source: rows.Source) -> data.Examples:
+        limit = LOOKED_AT if cfg.show_batch else None
+        tokens = data.read_tokens(source.path, tokenizer, template, columns, cfg.skip_bad_rows, not cfg.no_cache, limit)
+        say_what_is_not_used(source.path, tokens)
+        return data.Examples(tokens, cfg.max_length)
     sources = rows.sources(cfg.data)
-    files = read(sources)
+    files, weights_ = [read(s) for s in sources], [s.weight for s in sources]
     if cfg.val_data:
-        train_parts, val_parts = ([f.part() for f in some] for some in (files, read(rows.sources(cfg.val_data))))
+        train_set = data.Dataset([f.part() for f in files], weights_, cfg.seed, cfg.data)
+        val_sets = {name: data.Dataset([read(s).part()], name=str(s.path)) for name, s in val_sources(cfg.val_data).items()}
     else:
         is_text = [rows.kind_of(s.path) == ".txt" for s in sources]
         train_parts, val_parts = data.split(files, cfg.val_frac, cfg.seed, is_text)
-    train_set = data.Dataset(train_parts, [s.weight for s in sources], cfg.seed, cfg.data)
-    val_set = data.Dataset(val_parts, name=cfg.val_data or f"the held-out rows of {cfg.data}")
+        train_set = data.Dataset(train_parts, weights_, cfg.seed, cfg.data)
+        val_sets = {"held-out": data.Dataset(val_parts, name=f"the held-out rows of {cfg.data}")}
     if line := train_set.what_is_cut():
         print(line)
-    return tokenizer, template, train_set, val_set
+    if cfg.eval_examples and cfg.eval_examples > (most := max(map(len, val_sets.values()))):
+        raise UserError(f"--eval-examples {cfg.eval_examples}: only {most} examples are held out; leave it out")
+    return tokenizer, template, train_set, val_sets
+
+
+def val_sources(val_data: str) -> dict[str, rows.Source]:
+    """The held-out files by their names in metrics.jsonl: "a" for a.jsonl, "a-2" for a second one. Raises UserError."""
+    files = {}
+    for source in rows.sources(val_data):
+        if source.weight != 1:
+            raise UserError(f"--val-data {val_data}: a held-out file has no weight")
+        name = stem = source.path.name.partition(".")[0] or source.path.name
+        for n in itertools.count(2):
+            if name not in files:
+                break
+            name = f"{stem}-{n}"
+        files[name] = source
+    return files
 
 
 def say_what_is_not_used(path, tokens: data.Tokens):
@@ -75,6 +92,8 @@ def resolve_steps(cfg: TrainConfig, plan: data.Plan):
         raise UserError(f"--warmup-steps {cfg.warmup_steps}: the run has {cfg.steps} steps, the full rate is never reached")
     cfg.eval_every = cfg.eval_every or plan.steps_per_epoch
     cfg.save_every = cfg.save_every or cfg.eval_every
+    if cfg.sample_every and cfg.sample_every >= cfg.steps:
+        raise UserError(f"--sample-every {cfg.sample_every}: there are {cfg.steps} steps, nothing is sampled before the end")
 
 
 def load_model(cfg: TrainConfig) -> nn.Module:

@@ -4,17 +4,20 @@ written whole or not at all.
     config.json      every option as resolved, the versions, the seed, the commit
     metrics.jsonl    a line for each optimizer step, and one for each evaluation
     summary.json     parameters, memory, loss, speed
-    samples.md       the replies to the same prompts before and after training
-    loss.png         the loss of each step, and the held-out loss
+    samples.md       the replies to the same prompts before and after training (--sample-every: also in between)
+    loss.png         the loss of each step and the held-out loss; the learning rate; the gradient norm
     adapter/ best/   the last adapter, and the one with the lowest held-out loss (--full: model/ and best/, whole models)
     state/           what --resume needs (state.py)
+    tensorboard/ wandb/    the curves for --report (trackers.py)
 """
 import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,10 +80,11 @@ def refuse_another_run(out: Path, resume: bool):
         raise UserError(f"--out {out} exists and holds another run; choose another folder, or continue it with --resume")
 
 
-def announce(cfg, params: dict, train_set, val_set, out: Path):
+def announce(cfg, params: dict, train_set, val_sets: dict, out: Path):
     """Print what is going to be trained, on which data, and how."""
     print(parameters(cfg.model, params))
-    for name, d in (("training", train_set), ("held-out", val_set)):
+    names = ["held-out"] if len(val_sets) == 1 else [f"held-out {name}" for name in val_sets]
+    for name, d in (("training", train_set), *zip(names, val_sets.values())):
         print(f"{name}: {len(d):,} examples, {d.n_labels:,} labelled tokens of {d.n_tokens:,}"
               + (f"; {d.n_dropped - d.n_cut_off:,} rows dropped (nothing to learn)" if d.n_dropped > d.n_cut_off else "")
               + (f"; {d.n_cut_off:,} rows dropped (--max-length cuts off all that is learned)" if d.n_cut_off else "")
@@ -132,8 +136,9 @@ def read_log(out: Path) -> list[dict]:
         where = f"{path}:{n}"
         check(where, "line", value := parse_json(text, where), dict)
         check(where, "step", value.get("step"), int)
-        for name in value.keys() & {"loss", "val_loss"}:
-            check(where, name, value[name], float)
+        for name in value:
+            if name in ("loss", "lr") or name.startswith("val_loss"):
+                check(where, name, value[name], float)
         lines.append(value)
     return lines
 
@@ -150,15 +155,15 @@ class Progress:
     ledger follows (which it makes slower) are not among them.
     """
 
-    def __init__(self, out: Path, step: int, steps: int, seen: dict):
-        self.out, self.steps, self.seen = out, steps, seen
-        self.bar = tqdm(total=steps, initial=step, disable=not sys.stderr.isatty(), desc="training", unit="step")
+    def __init__(self, run):
+        self.run, self.steps, self.seen = run, run.cfg.steps, run.seen
+        self.bar = tqdm(total=self.steps, initial=run.step, disable=not sys.stderr.isatty(), desc="training", unit="step")
 
     def __call__(self, line: dict, timed: bool):
         step, speed, peak = line["step"], f"{line['tokens_per_s']:,.0f}", self.seen["peak"]
         for key in self.seen["timed"] if timed else ():
             self.seen["timed"][key] += line[key]
-        log(self.out, line)
+        self.run.log(line)
         self.bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {line['lr']:.1e}, {speed} tok/s, peak {memory.human(peak)}")
         self.bar.update()
         if self.bar.disable and (step % max(1, self.steps // 20) == 0 or step == self.steps):
@@ -172,40 +177,63 @@ class Progress:
         self.bar.write(text, file=sys.stdout)
 
 
-def write_samples(path: Path, cfg, prompts: list[tuple[str, str]], before, after):
-    """prompts: (text, held-out reply) pairs. before, after: the model's replies to them."""
-    blocks = [f"# Replies of {cfg.model} before and after training\n\nGreedy decoding, at most 64 tokens.\n"]
-    for (text, wanted), old, new in zip(prompts, before, after):
-        parts = {"## Prompt": text[-1000:], "**Before:**": old, "**After:**": new, "**Held-out reply:**": wanted[:1000]}
+def write_samples(run, prompts: list, after: list[str] | None = None):
+    """Write samples.md. prompts: as data.prompts gives them. after: the replies at the end. Those before it are in
+    run.seen["samples"], one after the other."""
+    n, earlier = max(1, len(prompts)), run.seen["samples"]
+    replies = {"Before" if i == 0 else f"After step {i // n * run.cfg.sample_every}": earlier[i:i + n]
+               for i in range(0, len(earlier), n)} | ({} if after is None else {"After": after})
+    blocks = [f"# Replies of {run.cfg.model} before and after training\n\nGreedy decoding, at most 64 tokens.\n"]
+    for i, (prompt, wanted) in enumerate(prompts):
+        parts = {"## Prompt": run.tokenizer.decode(prompt)[-1000:], **{f"**{title}:**": texts[i] for title, texts in
+                 replies.items()}, "**Held-out reply:**": wanted[:1000]}
         for title, t in parts.items():
             blocks.append(f"{title}\n\n> " + (t.strip() or "(nothing)").replace("\n", "\n> ") + "\n")
-    weights.write_text(path, "\n".join(blocks))
+    weights.write_text(run.out / "samples.md", "\n".join(blocks))
+
+
+def running_mean(values: list[float], keep: float = 0.9) -> list[float]:
+    """The exponential running mean, without the bias of its start: Adam's correction (arXiv:1412.6980, section 3).
+
+    m_t = keep m_(t-1) + (1 - keep) x_t with m_0 = 0, divided by 1 - keep^t, the sum of the weights so far.
+    """
+    means = itertools.accumulate(values, lambda m, x: keep * m + (1 - keep) * x, initial=0.0)
+    return [m / (1 - keep**t) for t, m in enumerate(means) if t]
 
 
 def plot_losses(out: Path):
-    """Write loss.png: every step's loss (thin), its running mean (thick) and the held-out loss (dots)."""
+    """Write loss.png: every step's loss (thin), its running mean (thick) and the held-out loss (dots); below, the learning
+    rate and the norm of the gradient before clipping."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     lines = read_log(out)
-    train = [(x["step"], x["loss"]) for x in lines if "loss" in x]
-    val = [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x]
-    mean, smooth = None, []
-    for _, y in train:
-        mean = y if mean is None else 0.9 * mean + 0.1 * y
-        smooth.append(mean)
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    ax.plot(*zip(*train), color="0.75", linewidth=0.8, label="training, each step")
-    ax.plot([s for s, _ in train], smooth, color="0.2", linewidth=1.6, label="training, running mean")
-    ax.plot(*zip(*val), "o--", color="tab:red", markersize=5, label="held-out")
-    ax.set(xlabel="optimizer step", ylabel="loss per labelled token (nats)")
-    ax.set_title(os.fsencode(out.name).decode("utf-8", "replace"), parse_math=False)  # any name that a folder can have
+    steps, losses = zip(*[(x["step"], x["loss"]) for x in lines if "loss" in x])
+    fig, (ax, *below) = plt.subplots(3, figsize=(7, 7), height_ratios=(3, 1, 1), sharex=True, layout="constrained")
+    ax.plot(steps, losses, color="0.75", linewidth=0.8, label="training, each step")
+    ax.plot(steps, running_mean(losses), color="0.2", linewidth=1.6, label="training, running mean")
+    names = list(dict.fromkeys(name for x in lines for name in x if name.startswith("val_loss")))
+    for i, name in enumerate(names):
+        label = "held-out" + printable(name).removeprefix("val_loss").replace("/", " ").replace("$", r"\$")
+        ax.plot(*zip(*[(x["step"], x[name]) for x in lines if name in x]), "o--", color=f"C{(3 + i) % 10}", markersize=5,
+                label=label)
+    ax.set(ylabel="loss per labelled token (nats)")
+    ax.set_title(printable(out.name), parse_math=False)
     ax.legend()
-    ax.grid(alpha=0.3)
+    for panel, name, label in zip(below, ("lr", "grad_norm"), ("learning rate", "gradient norm")):
+        panel.plot(*zip(*[(x["step"], x[name]) for x in lines if name in x]), color="0.2", linewidth=0.8)
+        panel.set(ylabel=label)
+    below[-1].set(xlabel="optimizer step")
+    for panel in (ax, *below):
+        panel.grid(alpha=0.3)
     with weights.atomic(out / "loss.png") as tmp:
         fig.savefig(tmp, format="png", dpi=120)
     plt.close(fig)
+
+
+def printable(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "replace")  # any name that a file can have
 
 
 def peaks(prediction: dict) -> str:
@@ -225,9 +253,26 @@ def categories(measured: dict | None, predicted: dict | None) -> str:
     return "\n".join(header + lines)
 
 
+def next_commands(cfg, out: Path) -> list[str]:
+    """What to type after a run: talk to the best model, and merge the best adapter into its model."""
+    def command(program, *words):
+        program = program if Path.cwd() == ROOT else str(ROOT / program)
+        return " ".join(["python", *map(shlex.quote, (program, *map(str, words)))])
+
+    talk = ["--model", out / "best"] if cfg.full else ["--model", cfg.model, "--adapter", out / "best"]
+    commands = [command("generate.py", *talk, "--prompt", "Hello")]
+    if not cfg.full and not weights.stored_bits(weights.find(cfg.model)):
+        commands.append(command("export.py", "merge", *talk, "--out", out / "merged"))
+    return commands
+
+
 def summarise(run, params: dict, prediction: dict) -> dict:
     """Write loss.png and, last, summary.json, which makes the run finished. Returns what summary.json holds."""
     seen, timed = run.seen, run.seen["timed"]
+    evaluations = [x for x in read_log(run.out) if "val_loss" in x]
+    others = {name.removeprefix("val_loss/"): {"before": evaluations[0][name], "after": evaluations[-1][name]}
+              for name in evaluations[-1] if name.startswith("val_loss/")}
+    is_text = not run.hooks.own_loss and seen["val_after"] < 700  # (math.exp of more overflows)
     per_second = {key: timed[key] / timed["step_s"] if timed["step_s"] else None for key in ("tokens", "examples")}
     summary = {
         "params": {k: params[k] for k in ("total", "trainable", "percent")},
@@ -235,9 +280,11 @@ def summarise(run, params: dict, prediction: dict) -> dict:
                    "rss_peak": max(seen["rss_peak"], memory.rss_peak()), "predicted_by_category": prediction["by_category"],
                    "by_category": seen["by_category"] if seen["peak"] else None},
         "loss": {"first": seen["loss_first"], "last": seen["loss_last"], "val_before": seen["val_before"],
-                 "val_after": seen["val_after"], "val_best": seen["val_best"]},
+                 "val_after": seen["val_after"], "val_best": seen["val_best"],
+                 "perplexity": math.exp(seen["val_after"]) if is_text else None, "others": others},
         "tokens_per_s": per_second["tokens"], "examples_per_s": per_second["examples"],
-        "wall_s": seen["wall_s"], "steps": run.step, "arithmetic": arithmetic(run.cfg),
+        "wall_s": seen["wall_s"], "eval_s": seen["eval_s"], "steps": run.step, "arithmetic": arithmetic(run.cfg),
+        "next": next_commands(run.cfg, run.out),
     }
     plot_losses(run.out)
     weights.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -248,11 +295,14 @@ def summarise(run, params: dict, prediction: dict) -> dict:
 def report(summary: dict, out: Path):
     m, loss = summary["memory"], summary["loss"]
     change = 100 * (loss["val_after"] / loss["val_before"] - 1)
+    perplexity = f", perplexity {loss['perplexity']:,.2f}" if loss["perplexity"] else ""
     print(f"\nheld-out loss {loss['val_before']:.4f} -> {loss['val_after']:.4f} ({change:+.1f} %), "
-          f"best {loss['val_best']:.4f}")
+          f"best {loss['val_best']:.4f}{perplexity}")
+    for name, x in loss["others"].items():
+        print(f"{name:13} {x['before']:.4f} -> {x['after']:.4f} ({100 * (x['after'] / x['before'] - 1):+.1f} %)")
     if summary["tokens_per_s"]:
         print(f"speed         {summary['tokens_per_s']:,.0f} tokens/s, {summary['examples_per_s']:.2f} examples/s, "
-              f"{summary['wall_s']:.0f} s in all")
+              f"{summary['wall_s']:.0f} s in all, {summary['eval_s']:.0f} s in evaluations")
     both = m["predicted_peak"] and m["measured_peak"]
     error = f" ({100 * (m['predicted_peak'] / m['measured_peak'] - 1):+.1f} %)" if both else ""
     predicted = [f"{memory.human(m['predicted_peak'])} predicted{error}"] * bool(m["predicted_peak"])
@@ -263,3 +313,4 @@ def report(summary: dict, out: Path):
     if m["by_category"]:
         print("at the peak   " + categories(m["by_category"], m["predicted_by_category"]).replace("\n", "\n              "))
     print(f"written       {', '.join(sorted(p.name for p in out.glob('[!.]*')))} in {out}")
+    print("next          " + "\n              ".join(summary["next"]))

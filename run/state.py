@@ -3,6 +3,9 @@
 `state/state.safetensors` is one file, so it is written whole or not at all. It holds the trained weights, AdamW's moments,
 the random state, and the numbers that the run has collected. So a resumed run continues bit for bit.
 
+With --keep 3 the two states before it stay: state-000100.safetensors is that of step 100. --resume reads only the newest. If
+that one is damaged, the message says which older one to copy over it. None is passed over silently.
+
 What a kill may leave follows from one order of writing: best/ and adapter/ first, then the state; after the last step
 samples.md, loss.png, and at the very end summary.json. So whatever the state has seen is there, and a run is *finished* when
 its state has taken all steps and summary.json exists. What a kill has left half done is done again by --resume.
@@ -12,6 +15,9 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -24,14 +30,15 @@ from errors import UserError
 from files import fingerprint, hub, peft_files, weights
 from files.json_files import check, checked, parse_json, read_json
 from run import record
+from run.hooks import Hooks
 from run.options import TrainConfig, check_ranges
 from techniques.device import type_name
 from techniques.optim import AdamW
 
 # What a run collects for summary.json, as it is before the first step. The state holds it too.
 SEEN = {"wall_s": 0.0, "loss_first": None, "loss_last": None, "val_before": None, "val_after": None, "val_best": None,
-        "samples": [], "skipped": 0, "peak": None, "reserved": None, "rss_peak": 0, "by_category": dict.fromkeys(
-            memory.CATEGORIES, 0), "timed": {"tokens": 0, "examples": 0, "step_s": 0.0}}
+        "without_better": 0, "eval_s": 0.0, "samples": [], "skipped": 0, "peak": None, "reserved": None, "rss_peak": 0,
+        "by_category": dict.fromkeys(memory.CATEGORIES, 0), "timed": {"tokens": 0, "examples": 0, "step_s": 0.0}}
 
 
 def same_kind(value, start) -> bool:
@@ -49,14 +56,26 @@ class Run:
     With cfg.resume, the saved state is loaded into all of them.
     """
 
-    def __init__(self, cfg: TrainConfig, out: Path, model: nn.Module, optimizer: AdamW, scaler, tokenizer, template: str):
+    def __init__(self, cfg: TrainConfig, out: Path, model: nn.Module, optimizer: AdamW, scaler, tokenizer, template: str,
+                 hooks: Hooks):
         self.cfg, self.out, self.model, self.optimizer, self.scaler = cfg, out, model, optimizer, scaler
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self.hooks, self.trackers = tokenizer, template, hooks, []
         self.trained = {n: optimizer.master(p) for n, p in model.named_parameters() if p.requires_grad}
         self.step, self.seen = 0, copy.deepcopy(SEEN)
         self.last = "model" if cfg.full else "adapter"  # the folder of what was trained, as it is after the last save
         if cfg.resume:
             self.load()
+        self.saved = self.step  # of the newest state
+
+    @property
+    def ended(self) -> bool:
+        return has_ended(self.cfg, self.step, self.seen)
+
+    def log(self, line: dict):
+        """Write a line of metrics.jsonl, and send it to the trackers of --report."""
+        record.log(self.out, line)
+        for tracker in self.trackers:
+            tracker(line)
 
     def note(self, loss: float, grad_norm: float):
         """Collect a step's result. Raises FloatingPointError after 25 overflows in a row: a smaller scale does not help."""
@@ -97,7 +116,25 @@ class Run:
         numbers = {"step": self.step, "seen": self.seen, "scaler": self.scaler.state_dict()}
         tensors = {name: t.cpu() for name, t in tensors.items()}
         numbers = json.dumps(numbers)
+        self.keep_newest()
         weights.write_tensors(state_file(self.out), tensors, {"numbers": numbers, "sha256": fingerprint.of_text(numbers)})
+        self.saved = self.step
+        if self.cfg.keep > 1:
+            older = older_states(self.out)
+            kept = sorted(step for step in older if step < self.step)[1 - self.cfg.keep:]
+            for step in older.keys() - kept:  # (also those of later steps, if one has gone back to an older state)
+                older[step].unlink()
+
+    def keep_newest(self):
+        """--keep: give the newest state a second name, which stays when the next state takes the first."""
+        newest = state_file(self.out)
+        if self.cfg.keep > 1 and 0 < self.saved < self.step:
+            with weights.atomic(newest.with_name(f"state-{self.saved:06d}.safetensors")) as tmp:
+                tmp.unlink()
+                try:
+                    os.link(newest, tmp)  # no copy: both names are the same file
+                except OSError:  # a disk without links
+                    shutil.copyfile(newest, tmp)
 
     def load(self):
         """Raises UserError for a state that does not belong to this run."""
@@ -120,7 +157,7 @@ class Run:
             self.scaler.load_state_dict(numbers["scaler"])
         self.step, self.seen = numbers["step"], {**self.seen, **numbers["seen"]}  # (older states have fewer numbers)
         record.rewind_log(self.out, self.step)
-        if self.step == self.cfg.steps:  # all steps are taken, but not everything is written: nothing saves again
+        if self.ended:  # all steps are taken, but not everything is written: nothing saves again
             self.export(self.last)
         print(f"resumed {self.out} after step {self.step}")
         path, now = self.out / "config.json", record.arithmetic(self.cfg)
@@ -134,11 +171,32 @@ def state_file(out) -> Path:
     return Path(out) / "state" / "state.safetensors"
 
 
+def older_states(out) -> dict[int, Path]:
+    """What --keep has kept beside the newest state: {step: file}."""
+    return {int(m[1]): p for p in state_file(out).parent.glob("state-*.safetensors")
+            if (m := re.fullmatch(r"state-(\d{6,10})\.safetensors", p.name))}
+
+
+def way_back(out) -> str:
+    """What a message about a damaged state adds, if --keep has kept another."""
+    older = older_states(out)
+    return f"; or copy {older[max(older)]} to {state_file(out)}, and --resume continues from there" if older else ""
+
+
+def has_ended(cfg: TrainConfig, step: int, seen: dict) -> bool:
+    """Whether a run takes no step any more: all are taken, or --patience is at its end."""
+    return step == cfg.steps or cfg.patience is not None and seen.get("without_better", 0) >= cfg.patience
+
+
 @contextlib.contextmanager
 def saved_state(cfg: TrainConfig):
     """Yields (the open state of cfg's run, its numbers). Raises UserError for anything in it that cannot be."""
     path = state_file(cfg.out)
-    with weights.opened(path) as f:
+    with contextlib.ExitStack() as stack:
+        try:
+            f = stack.enter_context(weights.opened(path))
+        except UserError as e:
+            raise UserError(f"{e}{way_back(cfg.out)}") from None
         try:
             metadata = weights.read_metadata(f, path)
             sha256 = fingerprint.of_text(metadata["numbers"])
@@ -151,9 +209,10 @@ def saved_state(cfg: TrainConfig):
             wrong = [name for name, start in SEEN.items() if not same_kind(seen.get(name, start), start)]
             if wrong or not isinstance(numbers["scaler"], dict):
                 raise ValueError(f"{(wrong or ['scaler'])[0]} is of another kind")
-            yield f, numbers
+            yield f, {**numbers, "seen": seen}
         except (LookupError, ValueError, TypeError, RecursionError, RuntimeError, SafetensorError) as e:
-            raise UserError(f"{path}: not the state of this run ({e}); start the run again in another folder") from None
+            raise UserError(f"{path}: not the state of this run ({e}); start the run again in another folder"
+                            f"{way_back(cfg.out)}") from None
 
 
 def like(wanted: torch.Tensor, f, name: str) -> torch.Tensor:
@@ -174,14 +233,17 @@ def finished(cfg: TrainConfig) -> dict | None:
     out = Path(cfg.out)
     files = ["model/config.json" if cfg.full else "adapter/adapter_config.json", "samples.md", "loss.png", "summary.json"]
     with saved_state(cfg) as (_, numbers):
-        done = numbers["step"]
-    if done < cfg.steps or not all((out / f).is_file() for f in files):
+        done, ended = numbers["step"], has_ended(cfg, numbers["step"], numbers["seen"])
+    if not ended or not all((out / f).is_file() for f in files):
         return None
-    print(f"{out} is finished: {cfg.steps} of {cfg.steps} steps are taken, and every file is written")
+    early = " (--patience)" if done < cfg.steps else ""
+    print(f"{out} is finished: {done} of {cfg.steps} steps are taken{early}, and every file is written")
     return read_json(out / "summary.json")
 
 
 RESOLVED = ("bits", "device", "data", "max_length", "lr", "warmup_steps", "steps", "eval_every", "save_every")
+# A run of an older version has the defaults of these options.
+NEW = ("eval_examples", "patience", "keep", "sample_every", "report", "columns", "skip_bad_rows", "no_cache")
 MAY_MOVE = ("model", "data", "val_data", "template")  # a run may continue with another path, if the content is the same
 
 
@@ -195,7 +257,7 @@ def options_of_run(cfg: TrainConfig) -> TrainConfig:
         raise UserError(f"--resume: {cfg.out} holds no run (no config.json in it)")
     if not state.is_file():
         raise UserError(f"--resume: {state} is missing, the run was stopped before its first save; remove "
-                        f"{cfg.out} and start it again")
+                        f"{cfg.out} and start it again{way_back(cfg.out)}")
     config = read_json(path)
     for name, kind in {"options": dict, "versions": dict, "arithmetic": dict, "seed": int}.items():
         check(path, name, config.get(name), kind)
@@ -203,12 +265,13 @@ def options_of_run(cfg: TrainConfig) -> TrainConfig:
         check(path, name, text, str)
     if config.get("commit") is not None:
         check(path, "commit", config["commit"], str)
-    check_ranges(checked(TrainConfig, saved := config["options"], path), f"{path}: ")  # (some are not used again: epochs)
+    default = TrainConfig()
+    saved = {**{name: getattr(default, name) for name in NEW}, **config["options"]}
+    check_ranges(checked(TrainConfig, saved, path), f"{path}: ")  # here, since some are not used again (epochs)
     if missing := [f.name for f in dataclasses.fields(TrainConfig) if f.name not in (*saved, *record.NOT_SAVED)]:
         raise UserError(f"{path}: option {missing[0]} is missing (the run is of another version)")
     if missing := [name for name in RESOLVED if saved[name] is None]:
         raise UserError(f"{path}: option {missing[0]} is null, and a run knows it")
-    default = TrainConfig()
     moved = {}
     for name in saved:
         given = getattr(cfg, name)
@@ -237,6 +300,9 @@ def check_inputs(cfg: TrainConfig, now: dict):
         print(f"{cfg.out} is of an older version, which did not record its data and its model: they are taken as they are")
         return
     check(path, "inputs", before, dict)
+    if before.get("loss") != now["loss"]:
+        raise UserError(f"--resume: the run in {cfg.out} began with another loss ({before.get('loss') or 'that of train.py'}"
+                        f", now {now['loss'] or 'that of train.py'}); give train.main the same one")
     for name, what in WHAT.items():
         if before.get(name) != now[name]:
             raise UserError(f"--resume: {what} is not what the run in {cfg.out} began with (another content: "

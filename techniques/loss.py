@@ -83,6 +83,11 @@ def sum_loss(hidden, head, labels, chunk: int | None = None):
         return gathered_loss(hidden, head, labels.reshape(-1), chunk)
 
 
+def token_loss(model, batch, hidden):
+    """sum_loss of a micro-batch. It is the training step's loss, unless a program gives its own (run/hooks.py)."""
+    return sum_loss(hidden, model.head, batch.targets)
+
+
 def gathered_loss(hidden, head, labels, chunk):
     weight, bias, device = head.weight, head.bias, hidden.device.type
     labelled = (labels != IGNORE).nonzero().squeeze(1)  # (N,)

@@ -25,8 +25,7 @@ import torch
 from conftest import make_data, make_folder
 from runs import no_picture, run, steps, timeless
 
-import train
-from techniques import recompute
+from techniques import loss, recompute
 from techniques.device import device_of
 from techniques.optim import OPTIMIZERS
 
@@ -217,8 +216,8 @@ def test_another_optimizer_stays_near_adamw(other):
 
 def test_a_drift_below_the_maximum_is_noticed(case, monkeypatch):
     """5e-6 too much at every step: every step is below MAX, and the mean is above MEAN."""
-    exact = train.sum_loss
-    monkeypatch.setattr(train, "sum_loss", lambda *args: exact(*args) * (1 + 5e-6))
+    exact = loss.sum_loss
+    monkeypatch.setattr(loss, "sum_loss", lambda *args: exact(*args) * (1 + 5e-6))
     wanted, got = case.trajectory(), case.run()
     assert 0 < differences(got, wanted, "loss").abs().max() < MAX
     with pytest.raises(AssertionError, match="drifts one way"):

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,13 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import data
+import export
+import generate
 import lora
 import memory
 import train
 from errors import UserError
 from files import peft_files, template, weights
 from files.rows import read_rows
-from run.evaluate import evaluate
+from run import prepare, record
+from run.evaluate import evaluate, is_due, spread
 from run.options import resolve_bits
 from techniques import loss
 from techniques.optim import AdamW
@@ -555,7 +559,113 @@ def test_two_evaluations_are_equal_whatever_the_dropout(family, shared):
     assert all(v == values[0] for v in values)
 
 
+def test_when_an_evaluation_is_due():
+    """The last step always; and none that is at most half of --eval-every before it."""
+    def due(last, every):
+        return [s for s in range(1, last + 1) if is_due(s, TrainConfig(steps=last, eval_every=every))]
+
+    assert due(25, 24) == [25] and due(25, 12) == [12, 25] and due(24, 12) == [12, 24] and due(3, 1) == [1, 2, 3]
+    assert due(18, 12) == [18] and due(19, 12) == [12, 19] and due(5, 2) == [2, 5] and due(3, 9) == [3]
+    for last in range(1, 40):
+        for every in range(1, 40):
+            found = due(last, every)
+            assert found[-1] == last and all(2 * (b - a) > every for a, b in zip(found, found[1:], strict=False))
+
+
+def test_an_evaluation_of_some_examples(go, shared, tmp_path):
+    assert spread(7, 3).tolist() == [0, 2, 4] and spread(2, None).tolist() == spread(2, 2).tolist() == [0, 1]
+    go(steps=2, eval_every=1, eval_examples=2)
+    found = examples(shared, "gpt2", "val.jsonl")
+    wanted = evaluate(weights.load(str(shared / "gpt2")), [found[0], found[2]], TrainConfig(device="cpu"))
+    assert evaluations(tmp_path / "run")[0] == {"step": 0, **{k: pytest.approx(v, rel=1e-6) for k, v in wanted.items()}}
+    with pytest.raises(UserError, match="--eval-examples 5: only 4 examples are held out"):
+        go(name="more", steps=2, eval_examples=5)
+
+
+def test_several_held_out_files(go, shared, tmp_path, capsys):
+    """Each has a name, also two of the same name. best/ goes by the first. Samples are of the first."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "val.jsonl").write_text("".join(json.dumps({"instruction": f"zebra {i}", "output": "zebra " * (i + 2)}) + "\n"
+                                             for i in range(3)))
+    files = f"{shared / 'val.jsonl'},{shared / 'data.jsonl'},{other / 'val.jsonl'}"
+    go(steps=6, eval_every=2, val_data=files, samples=1)
+    evals = evaluations(tmp_path / "run")
+    assert [list(x) for x in evals] == [["step", "val_loss", "val_bits_per_byte", "val_loss/data", "val_bits_per_byte/data",
+                                         "val_loss/val-2", "val_bits_per_byte/val-2"]] * 4
+    model = peft_files.load(weights.load(str(shared / "gpt2")), tmp_path / "run" / "adapter")
+    for name, path in (("", shared / "val.jsonl"), ("/data", shared / "data.jsonl"), ("/val-2", other / "val.jsonl")):
+        tokenizer = data.load_tokenizer(str(shared / "gpt2"))
+        got = evaluate(model, dataset(shared, "gpt2", path), TrainConfig(device="cpu"), tokenizer)
+        assert evals[-1]["val_loss" + name] == pytest.approx(got["val_loss"], rel=1e-5)
+    loss_ = json.loads((tmp_path / "run" / "summary.json").read_text())["loss"]
+    assert loss_["val_best"] == min(x["val_loss"] for x in evals[1:])
+    assert loss_["others"] == {n: {"before": evals[0][f"val_loss/{n}"], "after": evals[-1][f"val_loss/{n}"]}
+                               for n in ("data", "val-2")}
+    out = capsys.readouterr().out
+    assert "held-out val-2: 3 examples" in out and re.search(r"^val-2 +\d+\.\d{4} -> ", out, re.M)
+    for wrong in (f"{shared / 'val.jsonl'},", ",x"):
+        with pytest.raises(UserError, match="a comma without a file beside it"):
+            go(name="wrong", val_data=wrong)
+    with pytest.raises(UserError, match="nowhere.jsonl"):
+        go(name="wrong", val_data=f"{shared / 'val.jsonl'},nowhere.jsonl")
+    (tmp_path / "a,b.jsonl").write_bytes((other / "val.jsonl").read_bytes())
+    assert list(prepare.val_sources(str(tmp_path / "a,b.jsonl"))) == ["a,b"]  # one file
+    with pytest.raises(UserError, match="a held-out file has no weight"):
+        go(name="wrong", val_data=f"{shared / 'val.jsonl'}:2")
+
+
 # ---------------------------------------------------------------------------------------------- what a run leaves
+
+def test_samples_during_training(go, tmp_path):
+    """Greedy replies of the model as it is then: those after step 2 of 5 are the final ones of a run that ends there."""
+    same = dict(lr=1e-2, samples=2, schedule="constant", full=True)
+    go(steps=5, sample_every=2, **same)
+    go(name="two", steps=2, **same)
+    texts = (tmp_path / "run" / "samples.md").read_text(), (tmp_path / "two" / "samples.md").read_text()
+    assert re.findall(r"^\*\*(.*):\*\*$", texts[0], re.M) == ["Before", "After step 2", "After step 4", "After",
+                                                             "Held-out reply"] * 2
+    replies = [re.findall(rf"^\*\*{title}:\*\*\n\n((?:>.*\n)+)", text, re.M)
+               for title, text in zip(("After step 2", "After"), texts, strict=True)]
+    assert replies[0] == replies[1] and len(replies[0]) == 2
+    with pytest.raises(UserError, match="--sample-every 5: there are 5 steps"):
+        go(name="late", steps=5, sample_every=5, samples=1)
+
+
+def test_the_running_mean_has_no_bias():
+    assert record.running_mean([3.0] * 30) == pytest.approx([3.0] * 30)
+    assert record.running_mean([5.0, 1.0, 2.0]) == pytest.approx([5, (0.9 * 5 + 1) / 1.9, (0.81 * 5 + 0.9 + 2) / 2.71])
+
+
+def test_the_picture(go, tmp_path, monkeypatch):
+    panels = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **kw: panels.extend(
+        [(ax.get_ylabel(), {line.get_label(): list(line.get_ydata()) for line in ax.lines}) for ax in self.axes]))
+    go(name="a_$x$_", steps=4, eval_every=2, lr=1e-2)
+    got, evals = steps(tmp_path / "a_$x$_"), evaluations(tmp_path / "a_$x$_")
+    (label, curves), (rate, rates), (norm, norms) = panels
+    assert (label, rate, norm) == ("loss per labelled token (nats)", "learning rate", "gradient norm")
+    assert curves == {"training, each step": [x["loss"] for x in got], "held-out": [x["val_loss"] for x in evals],
+                      "training, running mean": record.running_mean([x["loss"] for x in got])}
+    assert [*rates.values()] == [[x["lr"] for x in got]] and [*norms.values()] == [[x["grad_norm"] for x in got]]
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_commands_to_type_next_work(full, go, tmp_path, monkeypatch, capsys):
+    go(name="my run", steps=2, full=full)
+    summary = json.loads((tmp_path / "my run" / "summary.json").read_text())
+    assert "next          " + "\n              ".join(summary["next"]) in capsys.readouterr().out
+    programs = []
+    for line in summary["next"]:
+        python, program, *words = shlex.split(line)
+        assert python == "python" and Path(program).is_file()
+        programs.append(Path(program).name)
+        {"generate.py": generate, "export.py": export}[programs[-1]].main(words)
+    assert programs == ["generate.py"] + ["export.py"] * (not full)
+    assert full or (tmp_path / "my run" / "merged" / "model.safetensors").is_file()
+    monkeypatch.chdir(ROOT)
+    assert record.next_commands(TrainConfig(full=full), Path("r"))[0].startswith("python generate.py --model ")
+
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def finished(request, shared, tmp_path_factory):
@@ -617,13 +727,15 @@ def test_the_summary(finished, shared):
     assert {k: set(v) if isinstance(v, dict) else None for k, v in summary.items()} == {
         "params": {"total", "trainable", "percent"},
         "memory": {"predicted_peak", "predicted_by_category", "measured_peak", "reserved", "rss_peak", "by_category"},
-        "loss": {"first", "last", "val_before", "val_after", "val_best"},
-        "tokens_per_s": None, "examples_per_s": None, "wall_s": None, "steps": None,
+        "loss": {"first", "last", "val_before", "val_after", "val_best", "perplexity", "others"},
+        "tokens_per_s": None, "examples_per_s": None, "wall_s": None, "eval_s": None, "steps": None, "next": None,
         "arithmetic": {"weights", "products", "why"}}
     got, evals, loss_ = steps(out), evaluations(out), summary["loss"]
     assert (loss_["first"], loss_["last"]) == (got[0]["loss"], got[-1]["loss"])
     values = [x["val_loss"] for x in evals]
     assert (loss_["val_before"], loss_["val_after"], loss_["val_best"]) == (values[0], values[-1], min(values[1:]))
+    assert loss_["perplexity"] == pytest.approx(math.exp(values[-1])) and loss_["others"] == {}
+    assert 0 < summary["eval_s"] < summary["wall_s"]
     m, params = summary["memory"], summary["params"]
     assert m["reserved"] is None and m["rss_peak"] > 50e6 and tuple(m["by_category"]) == memory.CATEGORIES
     assert sum(m["by_category"].values()) == m["measured_peak"]
@@ -714,7 +826,9 @@ def test_every_option_is_parsed_into_its_field():
     ({"full": True, "lora_r": 4}, "--lora-r"), ({"full": True, "lora_dropout": 0.1}, "--lora-dropout"),
     ({"full": True, "bits": 16}, "--bits"), ({"from_scratch": True}, "--full"),
     ({"val_data": "x", "data": "y", "val_frac": 0.2}, "--val-frac"), ({"val_data": "x"}, "--data"),
-    ({"steps": 5, "epochs": 2}, "--epochs"), ({"device": "nowhere"}, "--device")])
+    ({"steps": 5, "epochs": 2}, "--epochs"), ({"device": "nowhere"}, "--device"), ({"patience": 0}, "--patience"),
+    ({"keep": 0}, "--keep"), ({"eval_examples": 0}, "--eval-examples"), ({"sample_every": 0}, "--sample-every"),
+    ({"sample_every": 2, "samples": 0}, "--sample-every")])
 def test_options_that_cannot_apply_are_refused(more, wanted):
     with pytest.raises(UserError, match=wanted):
         resolve_bits(train.resolve(train.TrainConfig(**more)), None)
