@@ -84,6 +84,7 @@ def check(message, says):
 
 
 # Each case is appended to --model good --data data.jsonl --out new --max-length 64, and may replace these options.
+IS_ADAPTER = r"--model .*run/adapter is an adapter, not a model; type --model \S*good --adapter \S*run/adapter$"
 TRAIN = {
     "torn weights": ("--model torn", "torn/model.safetensors: not a whole safetensors file"),
     "unknown model": ("--model gpt5", "--model gpt5: no such folder, and no short name .* org/name"),
@@ -169,6 +170,8 @@ TRAIN = {
     "resume unsaved": ("--out no-save --resume", "--resume: .*state.safetensors is missing, the run was stopped before"),
     "resume otherwise": ("--out run --resume --lr 0.5", "--resume with a changed option: --lr 0.5, the run in .*run has 0"),
     "resume longer": ("--out run --resume --steps 2", "--resume with a changed option: --steps 2, .*run has 1;"),
+    "an adapter as the model": ("--model run/adapter", IS_ADAPTER),
+    "resume with an adapter as the model": ("--out run --resume --model run/adapter", IS_ADAPTER),
     "resume other model": ("--out run --resume --model other", "--resume: the base model is not what .* began with"),
 }
 
@@ -192,6 +195,7 @@ def test_train(case, place, monkeypatch):
 
 
 GENERATE = {
+    "an adapter as the model": ("--model run/adapter --prompt hi", IS_ADAPTER),
     "torn weights": ("--model torn --prompt hi", "torn/model.safetensors: not a whole safetensors file"),
     "empty prompt": (["--prompt", ""], "prompt is empty"),
     "blank prompt": (["--prompt", "  "], "prompt is empty"),
@@ -233,6 +237,7 @@ def test_adapter_of_another_family(place, tmp_path):
 @pytest.mark.parametrize("words, says", [
     ("--model good --adapter none --out new", "none/adapter_config.json: No such file"),
     ("--model torn --adapter run/adapter --out new", "torn/model.safetensors: not a whole safetensors file"),
+    ("--model run/adapter --adapter run/adapter --out new", IS_ADAPTER),
     ("--model other --adapter run/adapter --out new", "layer h.0.attn.c_attn is"),
     ("--model good --adapter run/adapter --out data.jsonl", "data.jsonl exists"),
 ])
