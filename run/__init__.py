@@ -7,4 +7,5 @@
     interrupt      Ctrl-C lets the step finish
     state          saving and resuming
     record         the files in --out, and what a run prints
+    card           the model card of what it exports
 """

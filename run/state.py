@@ -23,7 +23,7 @@ import memory
 from errors import UserError
 from files import fingerprint, hub, peft_files, weights
 from files.json_files import check, checked, parse_json, read_json
-from run import record
+from run import card, record
 from run.options import TrainConfig
 from techniques.device import type_name
 from techniques.optim import AdamW
@@ -68,7 +68,8 @@ class Run:
             raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
 
     def export(self, name: str):
-        """Write adapter/ or best/ in PEFT's format (--full: a model folder), with the template and the end tokens."""
+        """Write adapter/ or best/ in PEFT's format (--full: a model folder), with all that replies need: the tokenizer, the
+        template, and the base's generation_config.json with the end tokens; and with a model card."""
         folder = self.out / name
         if self.cfg.full:
             raw = read_json(hub.find(self.cfg.model) / "config.json")
@@ -76,9 +77,13 @@ class Run:
             weights.save(self.model, folder, dtype if dtype in weights.DTYPES else "float32", self.trained)
         else:
             peft_files.save(self.model, folder)
+            weights.save_tokenizer(self.tokenizer.folder, folder, self.tokenizer.eos)
         weights.write_text(folder / "chat_template.jinja", self.template)
-        ends = {"eos_token_id": sorted(self.tokenizer.stop_ids)}
-        weights.write_text(folder / "generation_config.json", json.dumps(ends) + "\n")
+        replies = weights.optional_json(self.tokenizer.folder / "generation_config.json")
+        replies["eos_token_id"] = sorted(self.tokenizer.stop_ids)
+        weights.write_text(folder / "generation_config.json", json.dumps(replies) + "\n")
+        evaluated = name == "best" or self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
+        card.write(folder, self, self.seen["val_best" if name == "best" else "val_after"] if evaluated else None)
 
     def save(self):
         """Export the current adapter (--full: model), and write what --resume needs."""

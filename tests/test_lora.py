@@ -3,12 +3,14 @@
 A name such as litgpt#629 is a GitHub issue: the bug that the test looks for, in another project.
 """
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, held_dtype, make_folder
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import export
@@ -392,6 +394,9 @@ def test_merge_command(folders, tmp_path, kind, targets):
     """peft#2018: the merged model, also with a tied head, gives the same logits here and in transformers."""
     model = adapted(folders[kind], targets=targets)
     peft_files.save(model, tmp_path / "adapter")
+    base_replies, replies = {"temperature": 0.6, "eos_token_id": 1}, {"eos_token_id": [4095]}
+    (folders[kind] / "generation_config.json").write_text(json.dumps(base_replies))
+    (tmp_path / "adapter" / "generation_config.json").write_text(json.dumps(replies))
     out = tmp_path / "merged"
     argv = ["merge", "--model", str(folders[kind]), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]
     if kind == "gpt2":  # once as a command; a new process takes seconds
@@ -400,6 +405,9 @@ def test_merge_command(folders, tmp_path, kind, targets):
         export.main(argv)
     merged = load_file(out / "model.safetensors")
     assert ("lm_head.weight" in merged) == ("lm_head.bias" in merged) == (kind == "phi") and (out / "merges.txt").is_file()
+    assert json.loads((out / "generation_config.json").read_text()) == {**base_replies, **replies}
+    assert ModelCard((out / "README.md").read_text()).data.base_model == folders[kind].name
+    os.remove(folders[kind] / "generation_config.json")
     base = logits(weights.load(folders[kind]))
     assert_same(logits(weights.load(out)), logits(model), base, MERGED)
     assert_same(logits(hf_model(out)), logits(model), base, MERGED)

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import memory
 import train
 from errors import UserError
 from files import peft_files, weights
+from run import prepare, state
 from run.evaluate import evaluate
 from run.options import resolve_bits
 from techniques import loss
@@ -581,7 +583,8 @@ def test_the_files_of_a_run(finished, shared):
     assert {f.name for f in (out / "state").iterdir()} == {"state.safetensors"}
     for folder in ("adapter", "best"):
         assert {f.name for f in (out / folder).iterdir()} == {"adapter_model.safetensors", "adapter_config.json",
-                                                              "chat_template.jinja", "generation_config.json"}
+                                                              "chat_template.jinja", "generation_config.json", "README.md",
+                                                              "vocab.json", "merges.txt", "tokenizer_config.json"}
         assert (out / folder / "chat_template.jinja").read_text() == data.ALPACA
         assert json.loads((out / folder / "generation_config.json").read_text()) == {"eos_token_id": [4095]}
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (out / "loss.png").stat().st_size > 5000
@@ -608,6 +611,73 @@ def test_the_files_of_a_run(finished, shared):
     samples = (out / "samples.md").read_text()
     assert samples.count("## Prompt") == samples.count("**Before:**") == samples.count("**After:**") == 2
     assert "Say zebra 0" in samples and "> zebra zebra" in samples
+
+
+def test_the_model_card(finished, tmp_path):
+    """PEFT's front matter, what the run knows, and nothing of this machine."""
+    from huggingface_hub import ModelCard
+    family, out, summary, cfg = finished
+    for folder, loss_ in (("adapter", summary["loss"]["val_after"]), ("best", summary["loss"]["val_best"])):
+        text = (out / folder / "README.md").read_text()
+        card = ModelCard(text)
+        assert card.data.to_dict() == {"base_model": family, "library_name": "peft", "tags": ["lora"],
+                                       "pipeline_tag": "text-generation"}
+        assert f"{summary['loss']['val_before']:.4f} before training, {loss_:.4f} after" in card.text
+        assert "rank 8 and alpha 16 on all" in card.text and "`data.jsonl`" in card.text and "/" not in text
+        assert ("Step 9 of 9, each of 8 examples" in text) == (folder == "adapter")
+
+
+def test_a_card_claims_no_loss_that_was_not_measured(go, tmp_path):
+    go(steps=3, eval_every=2, save_every=3)
+    text = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "Step 3 of 3" in text and "after this step" in text
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["options"]["steps"] = 5  # as if it had been interrupted after step 3, where nothing is evaluated
+    cfg = TrainConfig(**config["options"], resume=True)
+    model, tokenizer = prepare.load_model(cfg), data.load_tokenizer(cfg.model)
+    state.Run(cfg, tmp_path / "run", model, prepare.make_optimizer(model, cfg), prepare.make_scaler(cfg), tokenizer,
+              "").export("adapter")
+    text = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "Step 3 of 5" in text and "after this step" not in text
+
+
+def test_the_bases_tokenizer_and_generation_config_lie_beside_the_adapter(shared, tmp_path):
+    """transformers reads an adapter's tokenizer and template there, and gets the ids that were trained on."""
+    from transformers import AutoTokenizer, GenerationConfig
+    nano, chat = ROOT / "assets" / "gpt2-nano", make_folder(tmp_path / "chat", "llama")
+    AutoTokenizer.from_pretrained(nano).save_pretrained(chat)  # a tokenizer.json
+    for f in ("vocab.json", "merges.txt"):
+        os.remove(chat / f)
+    (chat / "chat_template.jinja").write_text("{{ bos_token }}" + data.ALPACA)
+    (chat / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.8,
+                                                             "bos_token_id": 4095, "eos_token_id": 4095}))
+    for model, template in ((nano, "auto"), (chat, "auto"), (chat, "alpaca")):
+        out = tmp_path / f"{model.name}-{template}"
+        run(out, model, shared / "data.jsonl", val_data=str(shared / "val.jsonl"), steps=1, template=template)
+        for folder in ("adapter", "best"):
+            theirs, ours = AutoTokenizer.from_pretrained(out / folder), data.load_tokenizer(str(model))
+            assert theirs("Hello, my world  1")["input_ids"] == ours.encode("Hello, my world  1")
+            assert (theirs.eos_token, theirs.eos_token_id) == (ours.eos, ours.eos_id)
+            messages = [{"role": "user", "content": "Say the number 1"}]
+            wanted = data.prompt_ids(messages, data.load_template(template, ours), ours)
+            assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == wanted
+            if model == chat:
+                replies = GenerationConfig.from_pretrained(out / folder)
+                assert (replies.temperature, replies.top_p, replies.bos_token_id) == (0.6, 0.8, 4095)
+                assert replies.do_sample is True and replies.eos_token_id == [4095]
+                assert (out / folder / "tokenizer.json").read_bytes() == (chat / "tokenizer.json").read_bytes()
+
+
+def test_the_files_of_a_run_obey_the_umask_and_the_tokenizer_is_copied_once(go, tmp_path, monkeypatch):
+    copies, real = [], shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b: copies.append(a) or real(a, b))
+    before = os.umask(0o027)
+    try:
+        go(steps=3, save_every=1, eval_every=3)
+    finally:
+        os.umask(before)
+    assert len(copies) == 4  # vocab.json and merges.txt, to adapter/ and best/
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "run").rglob("*") if f.is_file()} == {0o640}
 
 
 def test_the_summary(finished, shared):
