@@ -161,6 +161,7 @@ def main(cfg: TrainConfig) -> dict:
     inputs = prepare.inputs(cfg, template)
     if cfg.resume:
         state.check_inputs(cfg, inputs)
+        state.check_changes(cfg)
         if summary := state.finished(cfg):
             return summary
     with record.claimed(cfg) as out:
@@ -171,6 +172,8 @@ def main(cfg: TrainConfig) -> dict:
         params = memory.count(model)
         if not cfg.resume:
             record.write_config(out, cfg, inputs)
+        else:
+            state.write_changes(cfg)
         record.announce(cfg, params, train_set, val_set, out)
         return train(run, plan, val_set, params, predictor)
 

@@ -79,7 +79,8 @@ class TrainConfig:
     save_every: int = option(None, "train", "steps between saves of what --resume needs (default: --eval-every)", type=int)
     samples: int = option(3, "output", "held-out prompts answered before and after training, in samples.md")
     out: str = option(None, "output", "folder of the run (default: runs/MODEL-1, -2, ...)", type=str)
-    resume: bool = option(False, "output", "continue the run in --out from its last save")
+    resume: bool = option(False, "output", "continue the run in --out from its last save; --steps, --epochs, --lr and "
+                         "--schedule may be others: the schedule is computed anew, over all steps")
     given: ClassVar[frozenset[str]] = frozenset()  # the options that the command line names, also those at their defaults
 
 

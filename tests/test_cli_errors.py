@@ -168,8 +168,9 @@ TRAIN = {
     "out below a file": ("--out data.jsonl/run", "data.jsonl/run.* could not be written"),
     "resume nothing": ("--resume", "--resume: .*new holds no run"),
     "resume unsaved": ("--out no-save --resume", "--resume: .*state.safetensors is missing, the run was stopped before"),
-    "resume otherwise": ("--out run --resume --lr 0.5", "--resume with a changed option: --lr 0.5, the run in .*run has 0"),
-    "resume longer": ("--out run --resume --steps 2", "--resume with a changed option: --steps 2, .*run has 1;"),
+    "resume otherwise": ("--out run --resume --lr 0.5", "--resume: the run in .*run has taken 1 steps, and is to have "
+                         "1; give more --steps, or leave --lr out"),
+    "resume with a larger rank": ("--out run --resume --lora-r 9", "--resume with a changed option: --lora-r 9, .*has 8;"),
     "an adapter as the model": ("--model run/adapter", IS_ADAPTER),
     "resume with an adapter as the model": ("--out run --resume --model run/adapter", IS_ADAPTER),
     "resume other model": ("--out run --resume --model other", "--resume: the base model is not what .* began with"),
