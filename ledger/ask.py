@@ -13,6 +13,7 @@ On a GPU "peak" is what max_memory_allocated will say, and "reserved" what max_m
 the peak of live tensor bytes.
 """
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -48,7 +49,9 @@ class Predictor:
     def ask(self, cfg: TrainConfig, steps: list) -> "Predictor":
         """Ask for the peak of cfg's run. steps: what `examples_of` returns. Does not wait for the answer."""
         _, _, raw_config = weights.config_of(cfg.model)
-        question = {"options": dataclasses.asdict(cfg), "config": raw_config, "steps": steps, "machine": machine(cfg.device)}
+        adapter = cfg.adapter and os.path.abspath(cfg.adapter)  # the process runs in another folder
+        question = {"options": {**dataclasses.asdict(cfg), "adapter": adapter}, "config": raw_config, "steps": steps,
+                    "machine": machine(cfg.device)}
         with contextlib.suppress(OSError):  # the process has died: answer() says why
             if self.process:
                 self.process.stdin.write(json.dumps(question) + "\n")
@@ -108,7 +111,7 @@ def largest_steps(cfg: TrainConfig, full_length: bool = False):
     """
     model_config, _, _ = weights.config_of(cfg.model)
     here = hub.config_file(cfg.model)
-    cfg = dataclasses.replace(cfg)
+    cfg = copy.copy(cfg)
     resolve_for(cfg, model_config, weights.stored_bits(here.parent) if here else None)
     if not full_length and here and data.has_tokenizer(here.parent):
         _, _, train_set, _ = prepare.read_data(cfg)

@@ -191,7 +191,8 @@ def finished(cfg: TrainConfig) -> dict | None:
 
 
 RESOLVED = ("bits", "device", "data", "max_length", "lr", "warmup_steps", "steps", "eval_every", "save_every")
-MAY_MOVE = ("model", "data", "val_data", "template")  # a run may continue with another path, if the content is the same
+# A run may continue with another path, if the content is the same.
+MAY_MOVE = ("model", "data", "val_data", "template", "adapter")
 MAY_CHANGE = ("steps", "lr", "schedule")  # it may continue for longer, or at another rate; --epochs sets the steps
 
 
@@ -264,7 +265,7 @@ def write_changes(cfg: TrainConfig):
 
 
 WHAT = {"data": "--data", "val_data": "--val-data", "template": "the template", "tokenizer": "the tokenizer",
-        "weights": "the base model"}
+        "weights": "the base model", "adapter": "--adapter"}
 
 
 def check_inputs(cfg: TrainConfig, now: dict):

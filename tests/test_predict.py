@@ -132,6 +132,25 @@ def assert_predicted(found: dict, known: float):
         assert abs(predicted[c] - measured[c]) <= (known if c in ("activations", "temporaries") else 0), (c, found)
 
 
+@pytest.mark.parametrize("family, first, more", [
+    ("gpt2", {"lora_r": 5}, {}), ("llama", {**ALL, **AMP, "bits": 4, "lora_r": 16, "rslora": True}, AMP),
+    ("phi", {**AMP, "lora_init": "pissa"}, {**AMP, "bits": 8})])
+def test_a_second_stage_is_predicted(family, first, more, go, in_process, tmp_path, monkeypatch):
+    """Its rank, its layers and its start are those of the adapter: also asked by a child, and with --dry-run."""
+    go(family, "first", **first, steps=1)
+    adapter = tmp_path / "first" / "adapter"
+    found = go(family, "second", **more, adapter=str(adapter))
+    known = 0.02 * found["measured_peak"] if more.get("amp") and family != "llama" else 0
+    assert_predicted(found, known)
+    if family == "gpt2":
+        monkeypatch.setattr(ask, "Predictor", REAL_PREDICTOR)
+        monkeypatch.chdir(adapter.parent)  # a relative path: the child runs in another folder
+        said = json.loads((tmp_path / "second" / "config.json").read_text())["options"]
+        cfg = options("unused", said["model"], said["data"], val_data=said["val_data"], steps=3, batch_size=4,
+                      adapter="adapter", dry_run=True)
+        assert train.main(cfg)["by_category"] == found["predicted_by_category"]
+
+
 HELD = [(family, {"bits": bits}) for bits in (16, 8, 4) for family in ("gpt2", "llama", "phi")] + [
     case for case in CASES if case[1].get("amp")]
 

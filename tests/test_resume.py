@@ -265,6 +265,29 @@ def test_a_longer_run_killed_at_every_rename(start, tmp_path, monkeypatch):
     assert n > 10
 
 
+@pytest.mark.parametrize("how", [{}, {"lora_init": "pissa", "amp": True, "bits": 4}], ids=["default", "pissa"])
+def test_a_second_stage_resumes(how, start, tmp_path, monkeypatch):
+    """Bit for bit, also with the adapter at another place; not with another adapter."""
+    start("first", **how, steps=2)
+    adapter, amp = tmp_path / "first" / "adapter", {"amp": "amp" in how}
+    start("whole", adapter=str(adapter), **amp, lora_dropout=0.25)
+    assert killed_at(monkeypatch, 35, lambda: start("run", adapter=str(adapter), **amp, lora_dropout=0.25))
+    moved = shutil.move(adapter, tmp_path / "elsewhere")
+    before = files(tmp_path / "run")
+    with pytest.raises(UserError, match="first/adapter/adapter_config.json: cannot be read .No such file"):
+        resume(tmp_path / "run")
+    path = moved / "adapter_model.safetensors"
+    tensors, whole = load_file(path), path.read_bytes()
+    with weights.opened(path) as f:
+        weights.write_tensors(path, {k: t * 1.01 for k, t in tensors.items()}, weights.read_metadata(f, path))
+    with pytest.raises(UserError, match="--adapter is not what the run .* began with"):
+        resume(tmp_path / "run", adapter=str(moved))
+    assert files(tmp_path / "run") == before
+    path.write_bytes(whole)
+    resume(tmp_path / "run", adapter=str(moved))
+    same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_an_option_given_at_its_default_is_compared(start, tmp_path):
     start(batch_size=2, steps=2)
     os.remove(tmp_path / "run" / "summary.json")

@@ -756,6 +756,52 @@ def test_training_learns(family, full, go, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- options
 
+@pytest.mark.parametrize("family, first, more", [
+    ("gpt2", {"lora_r": 3, "lora_dropout": 0.25}, {}), ("phi", {"lora_targets": "all", "rslora": True, "lora_r": 4}, {}),
+    ("llama", {"amp": True, "bits": 4}, {"amp": True}), ("gpt2", {"amp": True, "bits": 8}, {"amp": True}),
+    ("llama", {"amp": True, "bits": 4, "lora_init": "loftq"}, {"amp": True}),
+    ("gpt2", {"lora_init": "pissa", "lora_targets": "c_attn.q,c_fc"}, {})], ids=str)
+def test_a_second_stage_starts_where_the_adapter_is(family, first, more, go, tmp_path):
+    """Rank, alpha, layers, start and bits are the adapter's. So is the held-out loss at step 0, to the last digit."""
+    go(family, "first", **first, steps=4, lr=0.02)
+    adapter = tmp_path / "first" / "adapter"
+    go(family, "second", **more, adapter=str(adapter), steps=4, lr=0.02)
+    before, after = evaluations(tmp_path / "first"), evaluations(tmp_path / "second")
+    assert after[0]["step"] == 0 and after[0]["val_loss"] == before[-1]["val_loss"] != after[-1]["val_loss"]
+    one, two = (json.loads((tmp_path / n / "config.json").read_text())["options"] for n in ("first", "second"))
+    names = ("lora_r", "lora_alpha", "lora_dropout", "rslora", "lora_init", "bits")
+    assert [one[n] for n in names] == [two[n] for n in names]
+    assert two["lora_targets"] == {"gpt2": "c_attn.q,c_attn.v", "llama": "q_proj,v_proj"}.get(
+        family, "dense,fc1,fc2,k_proj,q_proj,v_proj") or first["lora_targets"] == two["lora_targets"]
+    old, new = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("first", "second"))
+    assert {k: t.shape for k, t in old.items()} == {k: t.shape for k, t in new.items()}
+    state_ = load_file(tmp_path / "second" / "state" / "state.safetensors")
+    assert {t.item() for n, t in state_.items() if n.startswith("optimizer/step/")} == {4}  # a new optimizer
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"lora_r": 4}, "--lora-r 4: the adapter in .* has 3; leave it out"),
+    ({"lora_alpha": 4.0}, "--lora-alpha 4.0: the adapter in .* has 16.0"), ({"rslora": True}, "--rslora True: the adapter"),
+    ({"lora_targets": "c_fc"}, "--lora-targets c_fc: the adapter in .* has c_attn.q,c_attn.v; leave"),
+    ({"lora_init": "pissa"}, "--lora-init pissa: the adapter in .* has default"),
+    ({"full": True}, "--adapter with --full: merge the adapter first"),
+    ({"adapter": "none"}, "none/adapter_config.json: No such file"),
+    ({"model": "llama"}, "adapter_model.safetensors: tensor base_model.* has no place in this model")])
+def test_options_beside_an_adapter(more, says, go, shared, tmp_path):
+    if not (shared / "adapter").exists():
+        go(steps=1, lora_r=3)
+        shutil.copytree(tmp_path / "run" / "adapter", shared / "adapter")
+    family = more.pop("model", "gpt2")
+    with pytest.raises(UserError, match=says):
+        go(family, "second", **{"adapter": str(shared / "adapter"), **more})
+    assert not (tmp_path / "second").exists()
+    if "lora_r" in more:  # 8 is the default, but it is typed
+        words = ["--model", shared / "gpt2", "--data", shared / "data.jsonl", "--adapter", shared / "adapter", "--lora-r", 8]
+        with pytest.raises(UserError, match="--lora-r 8: the adapter in .* has 3"):
+            train.main(train.parse([*map(str, words), "--dry-run"]))
+        go("gpt2", "second", adapter=str(shared / "adapter"), lora_r=3, steps=1)  # the same is no contradiction
+
+
 def test_train_config_is_the_only_list_of_options(capsys):
     assert train.parse([]) == TrainConfig()
     with pytest.raises(SystemExit) as e:
