@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import data
@@ -103,18 +104,18 @@ def examples_of(plan, steps: range) -> list:
             for step, micro_batches in plan.largest(steps).items()]
 
 
-def largest_steps(cfg: TrainConfig, full_length: bool = False):
+def largest_steps(cfg: TrainConfig, full_length: bool = False, read: Callable | None = None):
     """(the examples of the run's largest steps, a description of them, cfg completed for the model).
 
     The lengths are those of the data if the model's tokenizer is on this machine. If it is not (or full_length), every
-    example has --max-length tokens.
+    example has --max-length tokens. read: --fit reads the data only once.
     """
     model_config, _, _ = weights.config_of(cfg.model)
     here = hub.config_file(cfg.model)
     cfg = copy.copy(cfg)
     resolve_for(cfg, model_config, weights.stored_bits(here.parent) if here else None)
     if not full_length and here and data.has_tokenizer(here.parent):
-        _, _, train_set, _ = prepare.read_data(cfg)
+        _, _, train_set, _ = (read or prepare.read_data)(cfg)
         plan = prepare.plan_steps(train_set, cfg)
         steps = watch.candidates(0, cfg.steps or cfg.epochs * plan.steps_per_epoch)
         return examples_of(plan, steps), f"the largest step of {cfg.data}", cfg

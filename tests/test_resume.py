@@ -286,6 +286,7 @@ def test_a_second_stage_resumes(how, start, tmp_path, monkeypatch):
     path.write_bytes(whole)
     resume(tmp_path / "run", adapter=str(moved))
     same(tmp_path / "run", tmp_path / "whole")
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.25
 
 
 def test_an_option_given_at_its_default_is_compared(start, tmp_path):
