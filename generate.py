@@ -161,7 +161,7 @@ def main(argv=None):
         _, trained = peft_files.trained_with(a.adapter)
         bits = trained if trained in (8, 4) else None
     model = weights.load(a.model, bits=bits or 32, device=usable_device(a.device))
-    tokenizer = data.load_tokenizer(a.model)
+    tokenizer = data.load_tokenizer(a.model)  # also with an adapter: its rows of the embedding are the model's
     template = data.load_template("auto", tokenizer)
     if a.adapter:
         peft_files.load(model, a.adapter)

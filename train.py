@@ -178,6 +178,7 @@ def main(cfg: TrainConfig, **own) -> dict:
     inputs = {**prepare.inputs(cfg, template), "loss": hooks.own_loss}
     if cfg.resume:
         state.check_inputs(cfg, inputs)
+        state.check_changes(cfg)
         if summary := state.finished(cfg):
             return summary
     with record.claimed(cfg) as out:
@@ -188,6 +189,8 @@ def main(cfg: TrainConfig, **own) -> dict:
         params = memory.count(model)
         if not cfg.resume:
             record.write_config(out, cfg, inputs)
+        else:
+            state.write_changes(cfg)
         record.announce(cfg, params, train_set, val_sets, out)
         with trackers.opened(run):
             return train(run, plan, val_sets, params, predictor)

@@ -132,7 +132,7 @@ def speed_rows(model: str, args) -> list[dict]:
     ours, theirs = peers_job(model, args)
     cfg = resolve(parse(["--model", model, *ours.split(), *(["--data", args.data] if args.data else [])]))
     _, _, train_set, _ = prepare.read_data(cfg)
-    n = round(cfg.batch_size * sum(len(e.ids) for e in train_set.examples) / len(train_set))
+    n = round(cfg.batch_size * train_set.n_tokens / len(train_set))
     rows = [("limit", f"--positions {n}", tables.LIMIT), ("float32, here", ours, "train.py"),
             ("float32, peer", theirs, tables.PEER), ("AMP, here", f"--amp {ours}", "train.py"),
             ("AMP, peer", f"--amp {theirs}", tables.PEER), ("recomputed, here", f"--ckpt-every 1 {ours}", "train.py")]

@@ -5,6 +5,7 @@ A path says nothing: the file behind it may have been edited, and the same file 
     data, val_data     SHA-256 of the whole file
     template           SHA-256 of the template's text
     tokenizer          SHA-256 of the tokenizer's files, their names included
+    adapter            SHA-256 of the files of --adapter
     weights            SHA-256 of config.json and of a sample of the weights: every header (names, types, shapes), and the
                        first 1,024 bytes of each tensor
 
@@ -36,6 +37,12 @@ def of_text(text: str) -> str:
 
 def of_tokenizer(folder: Path) -> str:
     files = [f for f in weights.TOKENIZER_FILES if (folder / f).is_file()]
+    return of_text(json.dumps([(f, of_file(folder / f)) for f in files]))
+
+
+def of_adapter(folder: Path) -> str:
+    start = "start.safetensors"  # (of loftq only)
+    files = ["adapter_config.json", "adapter_model.safetensors", *[start] * (folder / start).is_file()]
     return of_text(json.dumps([(f, of_file(folder / f)) for f in files]))
 
 

@@ -17,6 +17,7 @@ The config.json of a published model does not change. So this file holds the imp
 part alone tells how many parameters and bytes LLaMA-7B has, without a network and without a download of 13.5 GB.
 """
 import contextlib
+import shlex
 from pathlib import Path
 
 from errors import UserError
@@ -92,7 +93,20 @@ def local_folder(name: str) -> Path | None:
     with contextlib.suppress(OSError):  # a name that is too long for a file
         if Path(name).name == name and (ASSETS / name / "config.json").is_file():  # (./gpt2-nano is the user's own folder)
             return ASSETS / name
-        return Path(name) if Path(name).is_dir() else None
+        if Path(name).is_dir():
+            refuse_adapter(Path(name))
+            return Path(name)
+    return None
+
+
+def refuse_adapter(folder: Path):
+    """Raise UserError if a folder holds an adapter and no model, and say what to type instead."""
+    path = folder / "adapter_config.json"
+    if path.is_file() and not (folder / "config.json").is_file():
+        base = read_json(path).get("base_model_name_or_path")
+        base = shlex.quote(base) if isinstance(base, str) and base and base.isprintable() else "BASE"
+        raise UserError(f"--model {folder} is an adapter, not a model; type --model {base} "
+                        f"--adapter {shlex.quote(str(folder))}")
 
 
 def repository(name: str) -> str:

@@ -180,6 +180,24 @@ def trained_with(folder) -> tuple[str, int | None]:
         return read_about(f, path)[1:]
 
 
+def options(folder, name: str) -> dict:
+    """The options of train.py that made the adapter in `folder`, as far as its files say. name: its model.
+
+    An adapter of PEFT may have several ranks and alphas: those of the first layer. No weights are read. Raises UserError.
+    """
+    config, model_class, _ = weights.config_of(name)
+    model = weights.without_storage(model_class, config)
+    adapters = read(model, folder, device="cpu")
+    layers = {(n, part) for n, m in adapters.items() for part in m.parts or (None,)}
+    linears, names = {n: m for n, m in model.named_modules() if lora.is_linear(m)}, set()
+    for layer, part in layers:  # "q_proj" if every q_proj has an adapter, else "layers.0.self_attn.q_proj"
+        short, whole = (".".join(filter(None, (n, part))) for n in (layer.rpartition(".")[2], layer))
+        names.add(short if layers.issuperset(lora.matches(model, linears, short)) else whole)
+    first = next(iter(adapters.values()))
+    return {"lora_r": first.r, "lora_alpha": float(first.alpha), "lora_dropout": float(first.dropout),
+            "rslora": first.rslora, "lora_targets": ",".join(sorted(names)), "lora_init": trained_with(folder)[0]}
+
+
 def load(model: nn.Module, folder):
     """Put the adapters in `folder` (PEFT's format, written here or by PEFT) on the model's layers. Returns the model.
 

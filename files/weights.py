@@ -29,7 +29,7 @@ import phi
 from errors import UserError
 from files import hub
 from files.hub import find, weight_files
-from files.json_files import check, check_file, parse_json, read_json, show
+from files.json_files import check, check_file, is_there, parse_json, read_json, show
 from techniques import half, quant
 from techniques.device import device_of, type_name
 
@@ -78,6 +78,7 @@ NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 WRITES = ("c_proj.weight", "o_proj.weight", "down_proj.weight", "dense.weight", "fc2.weight")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
+OF_A_RUN = ("chat_template.jinja", "generation_config.json")  # of these files, a run writes its own
 
 
 # ---------------------------------------------------------------------------------------------- folder -> model
@@ -482,6 +483,29 @@ def save_about(folder: Path, source: Path, dtype: str, tied_head: bool):
         if (source / f).is_file() and not (folder / f).exists():
             with atomic(folder / f) as tmp:
                 shutil.copyfile(source / f, tmp)
+
+
+def save_tokenizer(source: Path, folder: Path, eos: str):
+    """Copy `source`'s tokenizer files beside an adapter, so that transformers' AutoTokenizer reads them there. eos: the
+    end-of-text token. A file of the same size is there already: a tokenizer.json has up to 17 MB, and every save comes here.
+
+    Of vocab.json + merges.txt, a model's config.json tells transformers whose format they have. An adapter has no
+    config.json, so its tokenizer_config.json says it.
+    """
+    for f in TOKENIZER_FILES:
+        path, copy = source / f, folder / f
+        if f not in OF_A_RUN and is_there(path) and not (copy.is_file() and copy.stat().st_size == path.stat().st_size):
+            with atomic(copy) as tmp:
+                shutil.copyfile(path, tmp)
+    if is_there(source / "vocab.json") and not any((source / f).exists() for f in TOKENIZER_FILES[:2]):
+        about = optional_json(source / "tokenizer_config.json")
+        if "tokenizer_class" not in about:
+            about = {**about, "tokenizer_class": "GPT2Tokenizer", "eos_token": eos}
+            write_text(folder / "tokenizer_config.json", json.dumps(about) + "\n")
+
+
+def optional_json(path: Path) -> dict:
+    return read_json(path) if is_there(path) else {}
 
 
 @contextlib.contextmanager

@@ -13,12 +13,14 @@ On a GPU "peak" is what max_memory_allocated will say, and "reserved" what max_m
 the peak of live tensor bytes.
 """
 import contextlib
+import copy
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import data
@@ -48,7 +50,9 @@ class Predictor:
     def ask(self, cfg: TrainConfig, steps: list) -> "Predictor":
         """Ask for the peak of cfg's run. steps: what `examples_of` returns. Does not wait for the answer."""
         _, _, raw_config = weights.config_of(cfg.model)
-        question = {"options": dataclasses.asdict(cfg), "config": raw_config, "steps": steps, "machine": machine(cfg.device)}
+        adapter = cfg.adapter and os.path.abspath(cfg.adapter)  # the process runs in another folder
+        question = {"options": {**dataclasses.asdict(cfg), "adapter": adapter}, "config": raw_config, "steps": steps,
+                    "machine": machine(cfg.device)}
         with contextlib.suppress(OSError):  # the process has died: answer() says why
             if self.process:
                 self.process.stdin.write(json.dumps(question) + "\n")
@@ -101,18 +105,18 @@ def examples_of(plan, steps: range) -> list:
             for step, micro_batches in plan.largest(steps).items()]
 
 
-def largest_steps(cfg: TrainConfig, full_length: bool = False):
+def largest_steps(cfg: TrainConfig, full_length: bool = False, read: Callable | None = None):
     """(the examples of the run's largest steps, a description of them, cfg completed for the model).
 
     The lengths are those of the data if the model's tokenizer is on this machine. If it is not (or full_length), every
-    example has --max-length tokens.
+    example has --max-length tokens. read: --fit reads the data only once.
     """
     model_config, _, _ = weights.config_of(cfg.model)
     here = hub.config_file(cfg.model)
-    cfg = dataclasses.replace(cfg)
+    cfg = copy.copy(cfg)
     resolve_for(cfg, model_config, weights.stored_bits(here.parent) if here else None)
     if not full_length and here and data.has_tokenizer(here.parent):
-        _, _, train_set, _ = prepare.read_data(cfg)
+        _, _, train_set, _ = (read or prepare.read_data)(cfg)
         plan = prepare.plan_steps(train_set, cfg)
         steps = watch.candidates(0, cfg.steps or cfg.epochs * plan.steps_per_epoch)
         return examples_of(plan, steps), f"the largest step of {cfg.data}", cfg

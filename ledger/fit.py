@@ -12,20 +12,23 @@ again, starting with the one that costs the most time. With 4-bit weights, for e
     --bits 8, then 4         dequantisation, and some precision
     --optimizer              8-bit states, then paged ones, then (with --full) offload_adamw: time in each optimizer step
 
-The search starts from the options on the command line. An option that differs from its default there keeps its value, with
-two exceptions: --batch-size may be split while --grad-accum is 1, and --ckpt-every 2 may become 1.
+The search starts from the options on the command line, and with --amp if the device multiplies faster in 16 bit. An option
+that differs from its default there keeps its value, with two exceptions: --batch-size may be split while --grad-accum is 1,
+and --ckpt-every 2 may become 1.
 """
 import dataclasses
 import re
 import sys
 from collections.abc import Callable
 
+import torch
 from tqdm import tqdm
 
 import memory
 from errors import UserError
 from ledger import ask
-from run import options
+from run import options, prepare
+from techniques.device import compute_dtype
 
 CONTEXT = 500_000_000  # bytes of a GPU's memory that CUDA itself needs. It is 300 to 600 MB
 
@@ -70,11 +73,11 @@ def flags(toggles: dict) -> str:
     return " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in toggles.items() if v)
 
 
-def search(cfg: options.TrainConfig, left: Callable) -> tuple[list, options.TrainConfig | None]:
+def search(cfg: options.TrainConfig, left: Callable, first: str = "as it is"):
     """Add savings until the run fits, then remove those that have become unnecessary.
 
-    left(cfg) -> the bytes that stay free; negative if cfg does not fit. Returns ([(what was tried, its cfg, bytes left)],
-    the configuration that fits and costs the least time, or None).
+    left(cfg) -> the bytes that stay free; negative if cfg does not fit. first: cfg in words. Returns ([(what was tried, its
+    cfg, bytes left)], the configuration that fits and costs the least time, or None).
     """
     tried = []
 
@@ -82,7 +85,7 @@ def search(cfg: options.TrainConfig, left: Callable) -> tuple[list, options.Trai
         tried.append((text, candidate, left(candidate)))
         return tried[-1][2] >= 0
 
-    best, fitting = cfg, fits("as it is", cfg)
+    best, fitting = cfg, fits(first, cfg)
     for toggles in savings(cfg):
         if fitting:
             break
@@ -131,11 +134,21 @@ def fit(wish: options.TrainConfig) -> dict:
         if getattr(wish, name):
             raise UserError(f"--fit with --{name.replace('_', '-')}: --fit searches, prints and stops; leave one out")
     wish = dataclasses.replace(wish, fit=None, dry_run=True, device=wish.device or "cuda")
+    options.resolve(wish)  # it says in one line what is wrong with an option
+    if faster := not wish.amp and compute_dtype(wish.device, True) != torch.float32:
+        wish = dataclasses.replace(wish, amp=True)
+    data_of_run = []
+
+    def read(cfg):  # no option of the search changes what the data become
+        if not data_of_run:
+            data_of_run.append(prepare.read_data(cfg))
+        return data_of_run[0]
+
     answers = {}  # by command, because the search asks for some configurations twice
     bar = tqdm(desc="predicting", unit=" configurations", disable=not sys.stderr.isatty(), leave=False)
 
     def left(cfg) -> int:
-        steps, in_words, cfg = ask.largest_steps(options.resolve(cfg), full_length=wish.data is None)
+        steps, in_words, cfg = ask.largest_steps(options.resolve(cfg), wish.data is None, read)
         if (key := command(cfg)) not in answers:
             answers[key] = predictor.ask(cfg, steps).answer(), in_words
             bar.update()
@@ -145,7 +158,7 @@ def fit(wish: options.TrainConfig) -> dict:
         return size - CONTEXT * (wish.device != "cpu") - (answer["reserved"] or answer["peak"])
 
     with ask.Predictor() as predictor, bar:
-        tried, best = search(wish, left)
+        tried, best = search(wish, left, "+ --amp" if faster else "as it is")
     where = f"a GPU of {memory.human(size)}, {memory.human(CONTEXT)} of which are CUDA's own"
     where = f"{memory.human(size)} of tensors" if wish.device == "cpu" else where
     print(f"{wish.model} on {where}\n{next(iter(answers.values()))[1]}\n")
@@ -157,6 +170,8 @@ def fit(wish: options.TrainConfig) -> dict:
         raise UserError(f"nothing fits into {memory_size}. The least is {memory.human(size - least[2])}, for "
                         f"{command(dataclasses.replace(least[1], device=device))}; take a smaller model, a shorter "
                         f"--max-length, or a larger GPU")
+    rest = next(rest for _, cfg, rest in tried if cfg == best)
     best = dataclasses.replace(best, device=device, dry_run=False)
-    print(f"\n{command(best)}")
-    return {"command": command(best), "options": dataclasses.asdict(best)}
+    beside = f", beside the {memory.human(CONTEXT)} for CUDA" if wish.device != "cpu" else ""
+    print(f"\nthis command leaves {memory.human(rest)} free{beside}:\n\n{command(best)}")
+    return {"command": command(best), "options": dataclasses.asdict(best), "left": rest}

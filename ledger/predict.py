@@ -31,6 +31,7 @@ import lora
 import memory
 import train
 from errors import UserError
+from files import peft_files, weights
 from ledger import allocator
 from ledger.hollow import Hollow, hollow, hollow_model
 from run import prepare
@@ -46,9 +47,11 @@ def predict(cfg: TrainConfig, raw_config: dict, steps: list, machine: dict) -> d
     gpu = cfg.device if torch.device(cfg.device).type == "cuda" else None  # (Apple's GPU has no memory of its own)
     cfg = dataclasses.replace(cfg, device="cpu", resume=False)
     steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in step] for step in steps]
+    like = peft_files.read(weights.without_storage(*reversed(weights.config_from(raw_config))), cfg.adapter,
+                           device="cpu") if cfg.adapter else None
     with one_thread(), torch.random.fork_rng([]), Hollow(), pretend("cpu", predicted_device(gpu, machine)) as device:
         model = hollow_model(raw_config, 32 if cfg.full else cfg.bits, compute_dtype("cpu", cfg.amp))
-        prepare.set_trainable(model, cfg)
+        prepare.set_trainable(model, cfg, like=like)
         for m in lora.adapters(model).values():
             if cfg.lora_init == "pissa" or cfg.lora_init == "loftq" and isinstance(m.base_layer, quant.LowBitLinear):
                 m.keep_start(m.lora_A, m.B())

@@ -9,4 +9,5 @@
     state          saving and resuming
     record         the files in --out, and what a run prints
     trackers       TensorBoard and wandb
+    card           the model card of what it exports
 """

@@ -5,6 +5,7 @@ are made from it. Options that contradict each other, or an option that has no e
 the weights are loaded. None is silently ignored.
 """
 import argparse
+import copy
 import dataclasses
 import math
 import re
@@ -14,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from errors import UserError
+from files import peft_files
 from files.hub import ASSETS
 from run import trackers
 from techniques import lora_init
@@ -39,6 +41,8 @@ class TrainConfig:
     compile: bool = option(False, "model", "torch.compile every block; needs a C++ compiler (on a GPU Triton and gcc), "
                           "takes a minute to start, the next time half of it")
     from_scratch: bool = option(False, "model", "start from random weights (pretraining); needs --full")
+    adapter: str = option(None, "lora", "start from the adapter in this folder, trained here or by PEFT, with its rank, "
+                          "alpha and layers; if it was trained in 8 or 4 bits, in these", type=str)
     lora_r: int = option(8, "lora", "rank r of the adapters")
     lora_alpha: float = option(16.0, "lora", "the adapters' output is scaled by alpha / r")
     lora_dropout: float = option(0.0, "lora", "dropout on the adapters' input")
@@ -93,7 +97,8 @@ class TrainConfig:
     report: str = option(None, "output", "send metrics.jsonl's lines also to tensorboard, wandb, or tensorboard,wandb",
                          type=str)
     out: str = option(None, "output", "folder of the run (default: runs/MODEL-1, -2, ...)", type=str)
-    resume: bool = option(False, "output", "continue the run in --out from its last save")
+    resume: bool = option(False, "output", "continue the run in --out from its last save; --steps, --epochs, --lr and "
+                         "--schedule may be others: the schedule is computed anew, over all steps")
     given: ClassVar[frozenset[str]] = frozenset()  # the options that the command line names, also those at their defaults
 
 
@@ -131,10 +136,13 @@ def check_ranges(cfg: TrainConfig, where: str = ""):
 
 def resolve(cfg: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options, and refuse what does not go together. Reads no file. Raises UserError."""
-    cfg = dataclasses.replace(cfg)
+    cfg = copy.copy(cfg)  # (dataclasses.replace would lose `given`)
     default = TrainConfig()
     check_ranges(cfg)
     if cfg.full:
+        if cfg.adapter:
+            raise UserError("--adapter with --full: merge the adapter first (python export.py merge), then train the merged "
+                            "model with --full")
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "lora_init"):
             if getattr(cfg, name) != getattr(default, name):
                 raise UserError(f"--{name.replace('_', '-')} has no effect with --full, which trains the weights themselves")
@@ -153,7 +161,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         raise UserError("--steps and --epochs both say how long to train; give one")
     if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full:
         # With 4M parameters, adapters on Q and V alone learn too little, and default_lr fits larger models. See LOG.md.
-        cfg.lora_targets, cfg.lr = "all", 5e-3 if cfg.lr is None else cfg.lr
+        cfg.lora_targets, cfg.lr = None if cfg.adapter else "all", 5e-3 if cfg.lr is None else cfg.lr
     if cfg.sample_every and not cfg.samples:
         raise UserError("--sample-every has no effect with --samples 0")
     trackers.check(cfg.report)
@@ -176,16 +184,31 @@ def resolve_for(cfg: TrainConfig, config, stored: int | None):
 
     Raises UserError.
     """
+    if cfg.adapter and not cfg.resume:
+        take_over(cfg)
     cfg.bits = resolve_bits(cfg, stored)
     cfg.max_length = cfg.max_length or min(512, config.n_positions)
     if cfg.max_length > config.n_positions:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has {config.n_positions} positions")
     if cfg.ckpt_every > config.n_layer:
         raise UserError(f"--ckpt-every {cfg.ckpt_every} recomputes nothing: {cfg.model} has {config.n_layer} layers")
-    if not cfg.full and cfg.lora_r > config.n_embd:  # each layer has n_embd inputs or outputs: its rank is at most that
+    # Each layer has n_embd inputs or outputs: its rank is at most that.
+    if not cfg.full and not cfg.adapter and cfg.lora_r > config.n_embd:
         raise UserError(f"--lora-r {cfg.lora_r}: {cfg.model} is {config.n_embd} wide; an adapter of a higher rank has more "
                         f"parameters and learns no more")
     cfg.lr = default_lr(config.n_embd, cfg.full) if cfg.lr is None else cfg.lr
+
+
+def take_over(cfg: TrainConfig):
+    """--adapter: set the options of LoRA as the adapter has them. Raises UserError for one that was given otherwise."""
+    for name, its in peft_files.options(cfg.adapter, cfg.model).items():
+        value = getattr(cfg, name)
+        given = name in cfg.given or value != getattr(TrainConfig(), name)
+        if name == "lora_dropout" and given:
+            continue  # it is of this training, not of the adapter
+        if given and value != its and not (isinstance(its, float) and math.isclose(value, its)):
+            raise UserError(f"--{name.replace('_', '-')} {value}: the adapter in {cfg.adapter} has {its}; leave it out")
+        setattr(cfg, name, its)
 
 
 def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
@@ -194,7 +217,8 @@ def resolve_bits(cfg: TrainConfig, stored: int | None) -> int:
         raise UserError(f"--full: {cfg.model} is stored in {stored} bit; only adapters can be trained on it")
     half_products = compute_dtype(cfg.device, cfg.amp) != torch.float32
     in_16_bit = half_products and cfg.optimizer == "offload_adamw" if cfg.full else cfg.amp
-    bits = cfg.bits or stored or (16 if in_16_bit else 32)
+    trained = peft_files.trained_with(cfg.adapter)[1] if cfg.adapter else None
+    bits = cfg.bits or stored or (trained if trained in (8, 4) else None) or (16 if in_16_bit else 32)
     if bits == 16 and cfg.full and not half_products:
         raise UserError("--bits 16 with --full: products run in float32 here, and only frozen weights are converted for a "
                         "product; leave --bits out")

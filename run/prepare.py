@@ -1,5 +1,6 @@
 """What a run needs before its first step: the data, the options that depend on it, the model, the optimizer."""
 import itertools
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -7,7 +8,7 @@ from torch import nn
 import data
 import lora
 from errors import UserError
-from files import conversations, fingerprint, rows, weights
+from files import conversations, fingerprint, peft_files, rows, weights
 from run.options import TrainConfig
 from techniques.device import compute_dtype, device_of
 from techniques.optim import OPTIMIZERS, AdamW
@@ -71,6 +72,7 @@ def inputs(cfg: TrainConfig, template: str) -> dict:
     folder = weights.find(cfg.model)
     return {"data": of_files(cfg.data), "val_data": cfg.val_data and of_files(cfg.val_data),
             "template": fingerprint.of_text(template), "tokenizer": fingerprint.of_tokenizer(folder),
+            "adapter": cfg.adapter and fingerprint.of_adapter(Path(cfg.adapter)),
             "weights": None if cfg.from_scratch else fingerprint.of_weights(folder)}
 
 
@@ -114,10 +116,21 @@ def load_model(cfg: TrainConfig) -> nn.Module:
     return model
 
 
-def set_trainable(model: nn.Module, cfg: TrainConfig, init: str = "default"):
-    """Set what is trained (adapters, or every weight) and which layers are recomputed."""
+def set_trainable(model: nn.Module, cfg: TrainConfig, init: str = "default", like: dict | None = None):
+    """Set what is trained (adapters, or every weight) and which layers are recomputed.
+
+    like: for a prediction of --adapter, its LoRALinears by layer: new ones of the same shape are trained.
+    """
     if cfg.full:
         model.requires_grad_(True)
+    elif like:
+        model.requires_grad_(False)
+        for name, m in like.items():
+            base = model.get_submodule(name)
+            lora.replace(model, name, lora.LoRALinear(base, m.r, m.alpha, cfg.lora_dropout, m.rslora, m.parts))
+    elif cfg.adapter:
+        for m in lora.adapters(peft_files.load(model, cfg.adapter)).values():
+            m.dropout = cfg.lora_dropout
     else:
         targets = cfg.lora_targets.split(",") if cfg.lora_targets else None
         stored = weights.StoredWeights(cfg.model).read if init != "default" else None

@@ -9,6 +9,10 @@ that one is damaged, the message says which older one to copy over it. None is p
 What a kill may leave follows from one order of writing: best/ and adapter/ first, then the state; after the last step
 samples.md, loss.png, and at the very end summary.json. So whatever the state has seen is there, and a run is *finished* when
 its state has taken all steps and summary.json exists. What a kill has left half done is done again by --resume.
+
+A resumed run may get more steps, another learning rate or another schedule. The learning rate of a step depends on these
+options alone, so the rest of the run follows the new curve. Example: after 100 of 100 steps of a cosine schedule the rate is
+almost 0. With --steps 200, the next step has half of --lr, and step 200 is almost 0.
 """
 import contextlib
 import copy
@@ -29,7 +33,7 @@ import memory
 from errors import UserError
 from files import fingerprint, hub, peft_files, weights
 from files.json_files import check, checked, parse_json, read_json
-from run import record
+from run import card, record
 from run.hooks import Hooks
 from run.options import TrainConfig, check_ranges
 from techniques.device import type_name
@@ -87,7 +91,8 @@ class Run:
             raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
 
     def export(self, name: str):
-        """Write adapter/ or best/ in PEFT's format (--full: a model folder), with the template and the end tokens."""
+        """Write adapter/ or best/ in PEFT's format (--full: a model folder), with all that replies need: the tokenizer, the
+        template, and the base's generation_config.json with the end tokens; and with a model card."""
         folder = self.out / name
         if self.cfg.full:
             raw = read_json(hub.find(self.cfg.model) / "config.json")
@@ -95,9 +100,13 @@ class Run:
             weights.save(self.model, folder, dtype if dtype in weights.DTYPES else "float32", self.trained)
         else:
             peft_files.save(self.model, folder)
+            weights.save_tokenizer(self.tokenizer.folder, folder, self.tokenizer.eos)
         weights.write_text(folder / "chat_template.jinja", self.template)
-        ends = {"eos_token_id": sorted(self.tokenizer.stop_ids)}
-        weights.write_text(folder / "generation_config.json", json.dumps(ends) + "\n")
+        replies = weights.optional_json(self.tokenizer.folder / "generation_config.json")
+        replies["eos_token_id"] = sorted(self.tokenizer.stop_ids)
+        weights.write_text(folder / "generation_config.json", json.dumps(replies) + "\n")
+        evaluated = name == "best" or self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
+        card.write(folder, self, self.seen["val_best" if name == "best" else "val_after"] if evaluated else None)
 
     def save(self):
         """Export the current adapter (--full: model), and write what --resume needs."""
@@ -243,13 +252,15 @@ def finished(cfg: TrainConfig) -> dict | None:
 
 RESOLVED = ("bits", "device", "data", "max_length", "lr", "warmup_steps", "steps", "eval_every", "save_every")
 # A run of an older version has the defaults of these options.
-NEW = ("eval_examples", "patience", "keep", "sample_every", "report", "columns", "skip_bad_rows", "no_cache")
-MAY_MOVE = ("model", "data", "val_data", "template")  # a run may continue with another path, if the content is the same
+NEW = ("adapter", "eval_examples", "patience", "keep", "sample_every", "report", "columns", "skip_bad_rows", "no_cache")
+# A run may continue with another path, if the content is the same.
+MAY_MOVE = ("model", "data", "val_data", "template", "adapter")
+MAY_CHANGE = ("steps", "lr", "schedule")  # it may continue for longer, or at another rate; --epochs sets the steps
 
 
 def options_of_run(cfg: TrainConfig) -> TrainConfig:
-    """--resume: the saved run's options. An option that is given again must be the same (from Python: if it is not at its
-    default, because then nobody knows whether it was given)."""
+    """--resume: the saved run's options. An option that is given again must be the same, except for MAY_MOVE and MAY_CHANGE
+    (from Python it counts if it is not at its default, because then nobody knows whether it was given)."""
     if not cfg.out:
         raise UserError("--resume needs --out, the folder of the run to continue")
     path, state = Path(cfg.out) / "config.json", state_file(cfg.out)
@@ -272,24 +283,54 @@ def options_of_run(cfg: TrainConfig) -> TrainConfig:
         raise UserError(f"{path}: option {missing[0]} is missing (the run is of another version)")
     if missing := [name for name in RESOLVED if saved[name] is None]:
         raise UserError(f"{path}: option {missing[0]} is null, and a run knows it")
-    moved = {}
+    new = {}
     for name in saved:
         given = getattr(cfg, name)
-        if name == "out" or name not in cfg.given and given == getattr(default, name) or given == saved[name]:
+        if name == "out" or name not in cfg.given and given == getattr(default, name):
             continue
-        if name not in MAY_MOVE:
+        if name == "epochs":
+            new |= {"epochs": given, "steps": cfg.steps}  # None: the steps are counted anew
+        elif given == saved[name]:
+            continue
+        elif name not in MAY_MOVE + MAY_CHANGE:
             raise UserError(f"--resume with a changed option: --{name.replace('_', '-')} {given}, the run in {cfg.out} has "
                             f"{saved[name]}; leave it out, or start a new run")
-        moved[name] = given
-    resumed = TrainConfig(**{**saved, **moved, "out": cfg.out, "resume": True, "dry_run": cfg.dry_run,
-                             "show_batch": cfg.show_batch})
-    resumed.epochs = default.epochs  # the number of steps was resolved from it
-    resumed.given = frozenset(moved)
+        else:
+            new[name] = given
+    # The number of steps was resolved from the epochs.
+    resumed = TrainConfig(**{**saved, "epochs": default.epochs, **new, "out": cfg.out, "resume": True,
+                             "dry_run": cfg.dry_run, "show_batch": cfg.show_batch})
+    resumed.given = frozenset(new)
     return resumed
 
 
+def check_changes(cfg: TrainConfig):
+    """--resume: print which options of MAY_CHANGE the run had otherwise. Raises UserError if no step is left for them."""
+    saved = read_json(Path(cfg.out) / "config.json")["options"]
+    changes = {name: getattr(cfg, name) for name in MAY_CHANGE if getattr(cfg, name) != saved[name]}
+    if changes:
+        with saved_state(dataclasses.replace(cfg, steps=saved["steps"])) as (_, numbers):
+            done = numbers["step"]
+        if cfg.steps <= done:
+            raise UserError(f"--resume: the run in {cfg.out} has taken {done} steps, and is to have {cfg.steps}; give more "
+                            f"--steps, or leave {', '.join('--' + name for name in changes)} out")
+    for name, value in changes.items():
+        print(f"--{name} {saved[name]} -> {value}")
+
+
+def write_changes(cfg: TrainConfig):
+    """--resume: record the options that have changed in the run's config.json, and the new paths of what has moved."""
+    path = Path(cfg.out) / "config.json"
+    config = read_json(path)
+    options = {**config["options"], **{name: getattr(cfg, name) for name in MAY_MOVE + MAY_CHANGE}}
+    if options != config["options"]:
+        # The old summary goes first: with it, a run that is killed after its last new step would count as finished.
+        (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
+        weights.write_text(path, json.dumps({**config, "options": options}, indent=2) + "\n")
+
+
 WHAT = {"data": "--data", "val_data": "--val-data", "template": "the template", "tokenizer": "the tokenizer",
-        "weights": "the base model"}
+        "weights": "the base model", "adapter": "--adapter"}
 
 
 def check_inputs(cfg: TrainConfig, now: dict):

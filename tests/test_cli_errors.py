@@ -84,6 +84,7 @@ def check(message, says):
 
 
 # Each case is appended to --model good --data data.jsonl --out new --max-length 64, and may replace these options.
+IS_ADAPTER = r"--model .*run/adapter is an adapter, not a model; type --model \S*good --adapter \S*run/adapter$"
 TRAIN = {
     "torn weights": ("--model torn", "torn/model.safetensors: not a whole safetensors file"),
     "unknown model": ("--model gpt5", "--model gpt5: no such folder, and no short name .* org/name"),
@@ -167,8 +168,11 @@ TRAIN = {
     "out below a file": ("--out data.jsonl/run", "data.jsonl/run.* could not be written"),
     "resume nothing": ("--resume", "--resume: .*new holds no run"),
     "resume unsaved": ("--out no-save --resume", "--resume: .*state.safetensors is missing, the run was stopped before"),
-    "resume otherwise": ("--out run --resume --lr 0.5", "--resume with a changed option: --lr 0.5, the run in .*run has 0"),
-    "resume longer": ("--out run --resume --steps 2", "--resume with a changed option: --steps 2, .*run has 1;"),
+    "resume otherwise": ("--out run --resume --lr 0.5", "--resume: the run in .*run has taken 1 steps, and is to have "
+                         "1; give more --steps, or leave --lr out"),
+    "resume with a larger rank": ("--out run --resume --lora-r 9", "--resume with a changed option: --lora-r 9, .*has 8;"),
+    "an adapter as the model": ("--model run/adapter", IS_ADAPTER),
+    "resume with an adapter as the model": ("--out run --resume --model run/adapter", IS_ADAPTER),
     "resume other model": ("--out run --resume --model other", "--resume: the base model is not what .* began with"),
 }
 
@@ -192,6 +196,7 @@ def test_train(case, place, monkeypatch):
 
 
 GENERATE = {
+    "an adapter as the model": ("--model run/adapter --prompt hi", IS_ADAPTER),
     "torn weights": ("--model torn --prompt hi", "torn/model.safetensors: not a whole safetensors file"),
     "empty prompt": (["--prompt", ""], "prompt is empty"),
     "blank prompt": (["--prompt", "  "], "prompt is empty"),
@@ -233,6 +238,7 @@ def test_adapter_of_another_family(place, tmp_path):
 @pytest.mark.parametrize("words, says", [
     ("--model good --adapter none --out new", "none/adapter_config.json: No such file"),
     ("--model torn --adapter run/adapter --out new", "torn/model.safetensors: not a whole safetensors file"),
+    ("--model run/adapter --adapter run/adapter --out new", IS_ADAPTER),
     ("--model other --adapter run/adapter --out new", "layer h.0.attn.c_attn is"),
     ("--model good --adapter run/adapter --out data.jsonl", "data.jsonl exists"),
 ])
@@ -269,15 +275,15 @@ def test_true_runs(words, says, place):
 
 def test_disk_full_while_training(place, tmp_path):
     """A limit on the size of files stands in for the full disk. The files that were written before stay whole."""
-    limit = 30_000
-    assert (place / "run" / "state" / "state.safetensors").stat().st_size > limit
-    assert (place / "run" / "metrics.jsonl").stat().st_size < limit
+    limit = 65_000  # more than vocab.json and the adapter have, less than the state
+    assert (place / "good" / "vocab.json").stat().st_size < limit
     out = tmp_path / "out"
-    p = command(place, ["train.py", *BASE, "--out", str(out), "--steps", "1", "--samples", "0"],
+    p = command(place, ["train.py", *BASE, "--out", str(out), "--steps", "1", "--samples", "0", "--lora-targets",
+                        "all"],
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert p.returncode == 1
     assert p.stderr.startswith("error: ") and p.stderr.count("\n") == 1, p.stderr
-    check(p.stderr.rstrip("\n"), r"/out/.*/\w+.safetensors: could not be written .*what was there before is untouched")
+    check(p.stderr.rstrip("\n"), r"/out/state/state.safetensors: could not be written .*what was there before is untouched")
     left = [f for f in out.rglob("*") if f.is_file()]
     assert not any("tmp" in f.name for f in left), left
     for f in left:

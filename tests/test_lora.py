@@ -3,19 +3,25 @@
 A name such as litgpt#629 is a GitHub issue: the bug that the test looks for, in another project.
 """
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, held_dtype, make_folder
+from conftest import ROOT, held_dtype, make_data, make_folder
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+import data
 import export
 import lora
 from errors import UserError
 from files import peft_files, weights
+from files.rows import read_rows
+from run.evaluate import evaluate
 from techniques import loss
+from train import TrainConfig, main
 
 FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
 IDS = torch.randint(0, 4096, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -165,6 +171,12 @@ FROM_PEFT = [
 ]
 
 
+def evaluate_held_out(model, folder, rows):
+    tokenizer, rows = data.load_tokenizer(str(folder)), read_rows(rows)
+    found = data.build(rows, tokenizer, data.load_template("auto", tokenizer), 128)
+    return evaluate(model, found, TrainConfig(device="cpu", max_length=128), tokenizer)["val_loss"]
+
+
 @pytest.mark.parametrize(("family", "options"), FROM_PEFT, ids=str)
 def test_peft_adapter_in_ours(folders, tmp_path, family, options):
     peft = pytest.importorskip("peft")
@@ -176,6 +188,12 @@ def test_peft_adapter_in_ours(folders, tmp_path, family, options):
     assert_same(logits(ours), logits(theirs), before)
     assert {m.dropout for m in lora.adapters(ours).values()} == {options.get("lora_dropout", 0.0)}
     assert all(p.requires_grad == ("lora_" in n) for n, p in ours.named_parameters())
+    rows, val = make_data(tmp_path / "rows.jsonl", 12), make_data(tmp_path / "val.jsonl", 4)
+    wanted = evaluate_held_out(ours, folders[family], val)
+    found = main(TrainConfig(model=str(folders[family]), data=str(rows), val_data=str(val),
+                                         adapter=str(tmp_path), out=str(tmp_path / "run"), steps=1, samples=0, device="cpu",
+                                         max_length=128))
+    assert found["loss"]["val_before"] == wanted  # a second stage starts where PEFT's adapter is
     peft_files.save(ours, tmp_path / "again")
     assert_same(logits(peft_files.load(weights.load(folders[family]), tmp_path / "again")), logits(ours))
 
@@ -390,17 +408,23 @@ def test_merge_into_16_bit_is_refused(folders, family):
 @pytest.mark.parametrize(("kind", "targets"), [("gpt2", None), ("tied llama", "all"), ("phi", "all"), ("phi", ["lm_head"])])
 def test_merge_command(folders, tmp_path, kind, targets):
     """peft#2018: the merged model, also with a tied head, gives the same logits here and in transformers."""
-    model = adapted(folders[kind], targets=targets)
+    folder = shutil.copytree(folders[kind], tmp_path / "base")
+    model = adapted(folder, targets=targets)
     peft_files.save(model, tmp_path / "adapter")
+    base_replies, replies = {"temperature": 0.6, "eos_token_id": 1}, {"eos_token_id": [4095]}
+    (folder / "generation_config.json").write_text(json.dumps(base_replies))
+    (tmp_path / "adapter" / "generation_config.json").write_text(json.dumps(replies))
     out = tmp_path / "merged"
-    argv = ["merge", "--model", str(folders[kind]), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]
+    argv = ["merge", "--model", str(folder), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]
     if kind == "gpt2":  # once as a command; a new process takes seconds
         subprocess.run([sys.executable, "export.py", *argv], cwd=ROOT, check=True)
     else:
         export.main(argv)
     merged = load_file(out / "model.safetensors")
     assert ("lm_head.weight" in merged) == ("lm_head.bias" in merged) == (kind == "phi") and (out / "merges.txt").is_file()
-    base = logits(weights.load(folders[kind]))
+    assert json.loads((out / "generation_config.json").read_text()) == {**base_replies, **replies}
+    assert ModelCard((out / "README.md").read_text()).data.base_model == "base"
+    base = logits(weights.load(folder))
     assert_same(logits(weights.load(out)), logits(model), base, MERGED)
     assert_same(logits(hf_model(out)), logits(model), base, MERGED)
 

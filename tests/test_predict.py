@@ -25,6 +25,7 @@ from files import weights
 from ledger import allocator, ask, fit, hollow, predict
 from ledger.allocator import CachingAllocator, MiB
 from run import options as options_
+from run import prepare
 from techniques import optim
 from techniques.device import device_of
 from train import TrainConfig
@@ -130,6 +131,25 @@ def assert_predicted(found: dict, known: float):
     assert found["predicted_peak"] == pytest.approx(found["measured_peak"], rel=0.02)
     for c in memory.CATEGORIES:
         assert abs(predicted[c] - measured[c]) <= (known if c in ("activations", "temporaries") else 0), (c, found)
+
+
+@pytest.mark.parametrize("family, first, more", [
+    ("gpt2", {"lora_r": 5}, {}), ("llama", {**ALL, **AMP, "bits": 4, "lora_r": 16, "rslora": True}, AMP),
+    ("phi", {**AMP, "lora_init": "pissa"}, {**AMP, "bits": 8})])
+def test_a_second_stage_is_predicted(family, first, more, go, in_process, tmp_path, monkeypatch):
+    """Its rank, its layers and its start are those of the adapter: also asked by a child, and with --dry-run."""
+    go(family, "first", **first, steps=1)
+    adapter = tmp_path / "first" / "adapter"
+    found = go(family, "second", **more, adapter=str(adapter))
+    known = 0.02 * found["measured_peak"] if more.get("amp") and family != "llama" else 0
+    assert_predicted(found, known)
+    if family == "gpt2":
+        monkeypatch.setattr(ask, "Predictor", REAL_PREDICTOR)
+        monkeypatch.chdir(adapter.parent)  # a relative path: the child runs in another folder
+        said = json.loads((tmp_path / "second" / "config.json").read_text())["options"]
+        cfg = options("unused", said["model"], said["data"], val_data=said["val_data"], steps=3, batch_size=4,
+                      adapter="adapter", dry_run=True)
+        assert train.main(cfg)["by_category"] == found["predicted_by_category"]
 
 
 HELD = [(family, {"bits": bits}) for bits in (16, 8, 4) for family in ("gpt2", "llama", "phi")] + [
@@ -652,7 +672,7 @@ def test_the_search():
     assert found(20, ckpt_every=1, amp=True)[1][3] == 1 and found(20, ckpt_every=2, amp=True)[1][3] == 2
 
 
-def test_the_command_is_the_configuration_that_was_predicted(shared, monkeypatch, capsys):
+def test_the_command_is_the_configuration_that_was_predicted(shared, monkeypatch, capsys, on_device):
     """The printed command gives the predicted configuration. If nothing fits, the error is one line."""
     seen = {}
 
@@ -663,14 +683,24 @@ def test_the_command_is_the_configuration_that_was_predicted(shared, monkeypatch
 
     monkeypatch.setattr(predict, "predict", fake)
     monkeypatch.setattr(ask, "Predictor", InProcess)
+    reads, read_data = [], prepare.read_data
+    monkeypatch.setattr(prepare, "read_data", lambda cfg: reads.append(cfg) or read_data(cfg))
     argv = ["--model", str(shared / "llama"), "--batch-size", "4", "--lora-r", "4", "--data", str(shared / "data.jsonl"),
             "--val-data", str(shared / "val.jsonl")]
     train.main(train.parse(["--fit", "527MB", *argv]))  # 500 are CUDA's own
     said = capsys.readouterr().out
+    assert len(reads) == 1 < len(seen)  # the data, however many configurations are tried
+    assert "this command leaves 1.00 MB free, beside the 500.00 MB for CUDA:" in said
     words = said.strip().splitlines()[-1].split()
     assert words[:2] == ["python", "train.py"] and "526.00 MB  fits" in said
     cfg = ask.largest_steps(train.resolve(dataclasses.replace(train.parse(words[2:]), dry_run=True, device="cuda")))[2]
     assert cfg == seen[26_000_000] and (cfg.amp, cfg.batch_size, cfg.grad_accum, cfg.ckpt_every) == (True, 1, 4, 2)
+    on_device(products=torch.float32)  # it multiplies faster in float32: --amp only where memory asks for it
+    train.main(train.parse(["--fit", "80MB", "--device", "cpu", *argv]))
+    said = capsys.readouterr().out
+    assert "as it is" in said and "--amp" not in said and " free:" in said, said
+    with pytest.raises(UserError, match="--device nonsense: only cpu"):
+        train.main(train.parse(["--fit", "8GB", *argv, "--device", "nonsense"]))
     wanted = r"nothing fits into 501MB. The least is 506.00 MB, for python train.py .*--bits 4"
     with pytest.raises(UserError, match=wanted) as e:
         train.main(train.parse(["--fit", "501MB", *argv]))
@@ -681,8 +711,8 @@ def test_train_py_fit(capsys, in_child):
     words = "--model gpt2 --max-length 64 --batch-size 1 --lora-r 4"
     train.main(train.parse(f"--fit 3GB {words}".split()))
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "python train.py --model gpt2 --lora-r 4 --max-length 64 --batch-size 1"
-    assert "as it is" in said and "fits" in said
+    assert said.splitlines()[-1] == "python train.py --model gpt2 --lora-r 4 --max-length 64 --amp --batch-size 1"
+    assert "+ --amp" in said and "as it is" not in said and "fits" in said  # a GPU multiplies faster in 16 bit
     words += " --amp --ckpt-every 1 --ckpt-offload --optimizer paged_adamw8bit --bits 4"  # no option is left to add
     done = subprocess.run([sys.executable, "train.py", "--fit", "550MB", *words.split()], cwd=ROOT, capture_output=True,
                           text=True)

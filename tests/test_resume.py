@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import train
 from errors import UserError
 from files import fingerprint, weights
+from files.template import ALPACA
 from run import record, state
 from train import TrainConfig
 
@@ -280,10 +281,119 @@ def test_data_and_model_may_move(shared, start, tmp_path, monkeypatch):
     same(tmp_path / "run", tmp_path / "whole")
 
 
+def test_everything_moves_at_once(shared, start, tmp_path, monkeypatch):
+    """The run's folder, the model, both data files and the template: bit for bit. config.json holds the new paths."""
+    old = shutil.copytree(shared, tmp_path / "old")
+    (old / "mine.jinja").write_text("{{ bos_token }}" + ALPACA)
+    paths = {"model": "llama", "data": "data.jsonl", "val_data": "val.jsonl", "template": "mine.jinja"}
+    start("whole", **{k: str(old / v) for k, v in paths.items()})
+    assert killed_at(monkeypatch, 40, lambda: start("run", **{k: str(old / v) for k, v in paths.items()}))
+    before = json.loads((tmp_path / "run" / "config.json").read_text())
+    out = (tmp_path / "run").rename(tmp_path / "moved")
+    old.rename(tmp_path / "new")
+    with pytest.raises(UserError, match="mine.jinja"):
+        resume(out, **{k: str(tmp_path / "new" / v) for k, v in paths.items() if k != "template"})
+    assert resume(out, **{k: str(tmp_path / "new" / v) for k, v in paths.items()})["steps"] == 4
+    samples = tmp_path / "whole" / "samples.md"  # its title names the model's folder
+    samples.write_text(samples.read_text().replace(str(old), str(tmp_path / "new")))
+    same(out, tmp_path / "whole")
+    after = json.loads((out / "config.json").read_text())
+    assert after["options"].items() >= {k: str(tmp_path / "new" / v) for k, v in paths.items()}.items()
+    assert {**after, "options": {**after["options"], **{k: str(old / v) for k, v in paths.items()}}} == before
+    os.remove(out / "summary.json")
+    assert resume(out)["steps"] == 4  # nothing need be said again
+
+
+def test_more_steps(start, tmp_path, capsys):
+    """A finished run of 4 steps and 4 more are a run of 8, where the rate does not depend on their number."""
+    how = {"schedule": "constant", "warmup_steps": 2}
+    start("whole", steps=8, **how)
+    start(**how)
+    out, old = tmp_path / "run", json.loads((tmp_path / "run" / "config.json").read_text())
+    capsys.readouterr()
+    assert resume(out, steps=8)["steps"] == 8
+    assert "--steps 4 -> 8\n" in capsys.readouterr().out
+    same(out, tmp_path / "whole")
+    assert json.loads((out / "config.json").read_text()) == {**old, "options": {**old["options"], "steps": 8}}
+    before = files(out)
+    assert resume(out)["steps"] == 8 and files(out) == before
+
+
+def test_another_rate_and_schedule(start, tmp_path, capsys, monkeypatch):
+    """The rest of the run follows the new curve; a finished run takes them only with more steps."""
+    def stopped(*args):
+        raise Killed
+    with monkeypatch.context() as m:
+        m.setattr(record, "write_samples", stopped)
+        with pytest.raises(Killed):
+            start()
+    out, before = tmp_path / "run", files(tmp_path / "run")
+    for more, says in (({"lr": 0.5}, "has taken 4 steps, and is to have 4; .* leave --lr out"),
+                       ({"steps": 3}, "has taken 4 steps, and is to have 3; .* leave --steps out")):
+        with pytest.raises(UserError, match=says):
+            resume(out, **more)
+    assert files(out) == before
+    resume(out, steps=6, lr=0.5, schedule="linear")
+    out_text = capsys.readouterr().out
+    assert all(line in out_text for line in ("--steps 4 -> 6\n", "-> 0.5\n", "--schedule cosine -> linear\n"))
+    rates = [line["lr"] for line in lines(out) if "lr" in line]
+    assert len(rates) == 6 and rates[4:] == pytest.approx([0.5 * 2 / 6, 0.5 / 6])
+    options = json.loads((out / "config.json").read_text())["options"]
+    assert (options["steps"], options["lr"], options["schedule"]) == (6, 0.5, "linear")
+
+
+def test_more_epochs(start, tmp_path):
+    start(steps=None, epochs=1, batch_size=4)  # 12 rows: 3 steps
+    out = tmp_path / "run"
+    assert resume(out)["steps"] == 3
+    with pytest.raises(UserError, match="--steps and --epochs"):
+        resume(out, epochs=2, steps=9)
+    assert resume(out, epochs=2)["steps"] == 6 and len([x for x in lines(out) if "loss" in x]) == 6
+    assert train.main(train.parse(["--out", str(out), "--resume", "--epochs", "3"]))["steps"] == 9  # 3 is the default
+
+
+def test_a_longer_run_killed_at_every_rename(start, tmp_path, monkeypatch):
+    """Whenever it is killed, it is a finished run of 4 steps or continues to 6; never an old summary of new steps."""
+    how = {"schedule": "constant", "save_every": 2}
+    start("short", **how)
+    start("whole", steps=6, **how)
+    n = 0
+    while killed_at(monkeypatch, n := n + 1, lambda: resume(shutil.copytree(tmp_path / "short", tmp_path / f"r{n}"),
+                                                            steps=6)):
+        out = tmp_path / f"r{n}"
+        resume(out, steps=6)
+        same(out, tmp_path / "whole")
+    assert n > 10
+
+
+@pytest.mark.parametrize("how", [{}, {"lora_init": "pissa", "amp": True, "bits": 4}], ids=["default", "pissa"])
+def test_a_second_stage_resumes(how, start, tmp_path, monkeypatch):
+    """Bit for bit, also with the adapter at another place; not with another adapter."""
+    start("first", **how, steps=2)
+    adapter, amp = tmp_path / "first" / "adapter", {"amp": "amp" in how}
+    start("whole", adapter=str(adapter), **amp, lora_dropout=0.25)
+    assert killed_at(monkeypatch, 35, lambda: start("run", adapter=str(adapter), **amp, lora_dropout=0.25))
+    moved = shutil.move(adapter, tmp_path / "elsewhere")
+    before = files(tmp_path / "run")
+    with pytest.raises(UserError, match="first/adapter/adapter_config.json: cannot be read .No such file"):
+        resume(tmp_path / "run")
+    path = moved / "adapter_model.safetensors"
+    tensors, whole = load_file(path), path.read_bytes()
+    with weights.opened(path) as f:
+        weights.write_tensors(path, {k: t * 1.01 for k, t in tensors.items()}, weights.read_metadata(f, path))
+    with pytest.raises(UserError, match="--adapter is not what the run .* began with"):
+        resume(tmp_path / "run", adapter=str(moved))
+    assert files(tmp_path / "run") == before
+    path.write_bytes(whole)
+    resume(tmp_path / "run", adapter=str(moved))
+    same(tmp_path / "run", tmp_path / "whole")
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.25
+
+
 def test_an_option_given_at_its_default_is_compared(start, tmp_path):
     start(batch_size=2, steps=2)
     os.remove(tmp_path / "run" / "summary.json")
-    for words in (["--batch-size", "8"], ["--lr", "1"], ["--seed", "1"], ["--amp"]):
+    for words in (["--batch-size", "8"], ["--warmup-steps", "1"], ["--seed", "1"], ["--amp"]):
         with pytest.raises(UserError, match=f"changed option: {words[0]}"):
             train.main(train.parse(["--out", str(tmp_path / "run"), "--resume", *words]))
     train.main(train.parse(["--out", str(tmp_path / "run"), "--resume", "--batch-size", "2", "--seed", "0"]))

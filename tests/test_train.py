@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,9 +30,10 @@ import lora
 import memory
 import train
 from errors import UserError
-from files import peft_files, template, weights
+from files import peft_files, weights
 from files.rows import read_rows
-from run import prepare, record
+from files.template import ALPACA
+from run import prepare, record, state
 from run.evaluate import evaluate, is_due, spread
 from run.options import resolve_bits
 from techniques import loss
@@ -692,8 +694,9 @@ def test_the_files_of_a_run(finished, shared):
     assert {f.name for f in (out / "state").iterdir()} == {"state.safetensors"}
     for folder in ("adapter", "best"):
         assert {f.name for f in (out / folder).iterdir()} == {"adapter_model.safetensors", "adapter_config.json",
-                                                              "chat_template.jinja", "generation_config.json"}
-        assert (out / folder / "chat_template.jinja").read_text() == template.ALPACA
+                                                              "chat_template.jinja", "generation_config.json", "README.md",
+                                                              "vocab.json", "merges.txt", "tokenizer_config.json"}
+        assert (out / folder / "chat_template.jinja").read_text() == ALPACA
         assert json.loads((out / folder / "generation_config.json").read_text()) == {"eos_token_id": [4095]}
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (out / "loss.png").stat().st_size > 5000
 
@@ -719,6 +722,73 @@ def test_the_files_of_a_run(finished, shared):
     samples = (out / "samples.md").read_text()
     assert samples.count("## Prompt") == samples.count("**Before:**") == samples.count("**After:**") == 2
     assert "Say zebra 0" in samples and "> zebra zebra" in samples
+
+
+def test_the_model_card(finished, tmp_path):
+    """PEFT's front matter, what the run knows, and nothing of this machine."""
+    from huggingface_hub import ModelCard
+    family, out, summary, cfg = finished
+    for folder, loss_ in (("adapter", summary["loss"]["val_after"]), ("best", summary["loss"]["val_best"])):
+        text = (out / folder / "README.md").read_text()
+        card = ModelCard(text)
+        assert card.data.to_dict() == {"base_model": family, "library_name": "peft", "tags": ["lora"],
+                                       "pipeline_tag": "text-generation"}
+        assert f"{summary['loss']['val_before']:.4f} before training, {loss_:.4f} after" in card.text
+        assert "rank 8 and alpha 16 on all" in card.text and "`data.jsonl`" in card.text and "/" not in text
+        assert ("Step 9 of 9, each of 8 examples" in text) == (folder == "adapter")
+
+
+def test_a_card_claims_no_loss_that_was_not_measured(go, tmp_path):
+    go(steps=3, eval_every=2, save_every=3)
+    text = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "Step 3 of 3" in text and "after this step" in text
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["options"]["steps"] = 5  # as if it had been interrupted after step 3, where nothing is evaluated
+    cfg = TrainConfig(**config["options"], resume=True)
+    model, tokenizer = prepare.load_model(cfg), data.load_tokenizer(cfg.model)
+    state.Run(cfg, tmp_path / "run", model, prepare.make_optimizer(model, cfg), prepare.make_scaler(cfg), tokenizer,
+              "").export("adapter")
+    text = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "Step 3 of 5" in text and "after this step" not in text
+
+
+def test_the_bases_tokenizer_and_generation_config_lie_beside_the_adapter(shared, tmp_path):
+    """transformers reads an adapter's tokenizer and template there, and gets the ids that were trained on."""
+    from transformers import AutoTokenizer, GenerationConfig
+    nano, chat = ROOT / "assets" / "gpt2-nano", make_folder(tmp_path / "chat", "llama")
+    AutoTokenizer.from_pretrained(nano).save_pretrained(chat)  # a tokenizer.json
+    for f in ("vocab.json", "merges.txt"):
+        os.remove(chat / f)
+    (chat / "chat_template.jinja").write_text("{{ bos_token }}" + ALPACA)
+    (chat / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.8,
+                                                             "bos_token_id": 4095, "eos_token_id": 4095}))
+    for model, template in ((nano, "auto"), (chat, "auto"), (chat, "alpaca")):
+        out = tmp_path / f"{model.name}-{template}"
+        run(out, model, shared / "data.jsonl", val_data=str(shared / "val.jsonl"), steps=1, template=template)
+        for folder in ("adapter", "best"):
+            theirs, ours = AutoTokenizer.from_pretrained(out / folder), data.load_tokenizer(str(model))
+            assert theirs("Hello, my world  1")["input_ids"] == ours.encode("Hello, my world  1")
+            assert (theirs.eos_token, theirs.eos_token_id) == (ours.eos, ours.eos_id)
+            messages = [{"role": "user", "content": "Say the number 1"}]
+            wanted = data.prompt_ids(messages, data.load_template(template, ours), ours)
+            assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == wanted
+            if model == chat:
+                replies = GenerationConfig.from_pretrained(out / folder)
+                assert (replies.temperature, replies.top_p, replies.bos_token_id) == (0.6, 0.8, 4095)
+                assert replies.do_sample is True and replies.eos_token_id == [4095]
+                assert (out / folder / "tokenizer.json").read_bytes() == (chat / "tokenizer.json").read_bytes()
+
+
+def test_the_files_of_a_run_obey_the_umask_and_the_tokenizer_is_copied_once(go, tmp_path, monkeypatch):
+    copies, real = [], shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b: copies.append(a) or real(a, b))
+    before = os.umask(0o027)
+    try:
+        go(steps=3, save_every=1, eval_every=3)
+    finally:
+        os.umask(before)
+    assert len(copies) == 4  # vocab.json and merges.txt, to adapter/ and best/
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "run").rglob("*") if f.is_file()} == {0o640}
 
 
 def test_the_summary(finished, shared):
@@ -798,6 +868,52 @@ def test_training_learns(family, full, go, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- options
+
+@pytest.mark.parametrize("family, first, more", [
+    ("gpt2", {"lora_r": 3, "lora_dropout": 0.25}, {}), ("phi", {"lora_targets": "all", "rslora": True, "lora_r": 4}, {}),
+    ("llama", {"amp": True, "bits": 4}, {"amp": True}), ("gpt2", {"amp": True, "bits": 8}, {"amp": True}),
+    ("llama", {"amp": True, "bits": 4, "lora_init": "loftq"}, {"amp": True}),
+    ("gpt2", {"lora_init": "pissa", "lora_targets": "c_attn.q,c_fc"}, {})], ids=str)
+def test_a_second_stage_starts_where_the_adapter_is(family, first, more, go, tmp_path):
+    """Rank, alpha, layers, start and bits are the adapter's. So is the held-out loss at step 0, to the last digit."""
+    go(family, "first", **first, steps=4, lr=0.02)
+    adapter = tmp_path / "first" / "adapter"
+    go(family, "second", **more, adapter=str(adapter), steps=4, lr=0.02)
+    before, after = evaluations(tmp_path / "first"), evaluations(tmp_path / "second")
+    assert after[0]["step"] == 0 and after[0]["val_loss"] == before[-1]["val_loss"] != after[-1]["val_loss"]
+    one, two = (json.loads((tmp_path / n / "config.json").read_text())["options"] for n in ("first", "second"))
+    names = ("lora_r", "lora_alpha", "lora_dropout", "rslora", "lora_init", "bits")
+    assert [one[n] for n in names] == [two[n] for n in names]
+    assert two["lora_targets"] == {"gpt2": "c_attn.q,c_attn.v", "llama": "q_proj,v_proj"}.get(
+        family, "dense,fc1,fc2,k_proj,q_proj,v_proj") or first["lora_targets"] == two["lora_targets"]
+    old, new = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("first", "second"))
+    assert {k: t.shape for k, t in old.items()} == {k: t.shape for k, t in new.items()}
+    state_ = load_file(tmp_path / "second" / "state" / "state.safetensors")
+    assert {t.item() for n, t in state_.items() if n.startswith("optimizer/step/")} == {4}  # a new optimizer
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"lora_r": 4}, "--lora-r 4: the adapter in .* has 3; leave it out"),
+    ({"lora_alpha": 4.0}, "--lora-alpha 4.0: the adapter in .* has 16.0"), ({"rslora": True}, "--rslora True: the adapter"),
+    ({"lora_targets": "c_fc"}, "--lora-targets c_fc: the adapter in .* has c_attn.q,c_attn.v; leave"),
+    ({"lora_init": "pissa"}, "--lora-init pissa: the adapter in .* has default"),
+    ({"full": True}, "--adapter with --full: merge the adapter first"),
+    ({"adapter": "none"}, "none/adapter_config.json: No such file"),
+    ({"model": "llama"}, "adapter_model.safetensors: tensor base_model.* has no place in this model")])
+def test_options_beside_an_adapter(more, says, go, shared, tmp_path):
+    if not (shared / "adapter").exists():
+        go(steps=1, lora_r=3)
+        shutil.copytree(tmp_path / "run" / "adapter", shared / "adapter")
+    family = more.pop("model", "gpt2")
+    with pytest.raises(UserError, match=says):
+        go(family, "second", **{"adapter": str(shared / "adapter"), **more})
+    assert not (tmp_path / "second").exists()
+    if "lora_r" in more:  # 8 is the default, but it is typed
+        words = ["--model", shared / "gpt2", "--data", shared / "data.jsonl", "--adapter", shared / "adapter", "--lora-r", 8]
+        with pytest.raises(UserError, match="--lora-r 8: the adapter in .* has 3"):
+            train.main(train.parse([*map(str, words), "--dry-run"]))
+        go("gpt2", "second", adapter=str(shared / "adapter"), lora_r=3, steps=1)  # the same is no contradiction
+
 
 def test_train_config_is_the_only_list_of_options(capsys):
     assert train.parse([]) == TrainConfig()

@@ -1,0 +1,51 @@
+"""The model card, README.md of what a run exports: what the hub shows of it, in PEFT's form.
+
+It says only what the run knows. It has no date and no path of this machine, so equal runs leave equal cards.
+"""
+import json
+import os
+from pathlib import Path
+
+from files import hub, weights
+
+LAST = "pipeline_tag: text-generation\n---\n"
+
+
+def write(folder: Path, run, val_loss: float | None):
+    """The card of `run`'s adapter (--full: model) as it is now. val_loss: its held-out loss, or None."""
+    cfg, seen = run.cfg, run.seen
+    base = base_name(cfg.model)
+    targets = cfg.lora_targets or ",".join(() if cfg.full else run.model.default_targets)
+    kind = "Every weight was trained" if cfg.full else (
+        f"A LoRA adapter of rank {cfg.lora_r} and alpha {cfg.lora_alpha:g} on {targets.replace(',', ', ')}, "
+        f"over weights in {cfg.bits} bit" + ("; it continues another adapter" if cfg.adapter else ""))
+    lines = [f"{kind}.", f"Data: `{printable(Path(cfg.data).name)}`.", f"Step {run.step} of {cfg.steps}, each of "
+             f"{cfg.batch_size * cfg.grad_accum} examples; highest learning rate {cfg.lr:g}."]
+    if val_loss is not None:
+        lines.append(f"Held-out loss, in nats for each labelled token: {seen['val_before']:.4f} before training, "
+                     f"{val_loss:.4f} after this step.")
+    body = f"\n# {base}, fine-tuned with Bytewise\n\n" + "".join(f"* {line}\n" for line in lines)
+    weights.write_text(folder / "README.md", front_matter(base, "transformers" if cfg.full else "peft") + body)
+
+
+def write_merged(folder: Path, model: str, dtype: str):
+    """The card of a model into which an adapter was merged (export.py)."""
+    base = base_name(model)
+    weights.write_text(folder / "README.md", front_matter(base, "transformers") + f"\n# {base} with a LoRA adapter\n\n"
+                       f"The adapter is merged into the weights, which are in {dtype}. Merged with Bytewise.\n")
+
+
+def front_matter(base: str, library: str) -> str:
+    tags = "tags:\n- lora\n" if library == "peft" else ""
+    return f"---\nbase_model: {json.dumps(base, ensure_ascii=False)}\nlibrary_name: {library}\n{tags}{LAST}"
+
+
+def base_name(model: str) -> str:
+    """org/name of a model of the hub. Of a folder only its own name: the rest of its path belongs to one machine."""
+    return printable(hub.local_folder(model).resolve().name) if hub.local_folder(model) else hub.repository(model)
+
+
+def printable(name: str) -> str:
+    """A file's name as text: it may hold bytes that are no UTF-8, a line break or a backtick."""
+    text = os.fsencode(name).decode("utf-8", "replace")
+    return "".join(c if c.isprintable() and c != "`" else "?" for c in text)
