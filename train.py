@@ -138,7 +138,7 @@ def train(run: state.Run, plan: data.Plan, val_sets: dict, params: dict, predict
               f"{seen['val_best']:.4f} (--patience)")
     record.write_samples(run, prompts, replies(run, prompts))
     seen["wall_s"] = time.perf_counter() - started
-    return record.summarise(run, params, prediction)
+    return record.summarise(run, params, prediction, plan.data)
 
 
 def replies(run: state.Run, prompts: list) -> list[str]:

@@ -37,6 +37,8 @@ def read_data(cfg: TrainConfig):
         train_parts, val_parts = data.split(files, cfg.val_frac, cfg.seed, is_text)
         train_set = data.Dataset(train_parts, weights_, cfg.seed, cfg.data)
         val_sets = {"held-out": data.Dataset(val_parts, name=f"the held-out rows of {cfg.data}")}
+    if cfg.show_batch and max(map(len, (f.tokens for f in files))) == LOOKED_AT:
+        print(f"--show-batch looks at the first {LOOKED_AT:,} rows of a file; the run's first micro-batch may be another")
     if line := train_set.what_is_cut():
         print(line)
     if cfg.eval_examples and cfg.eval_examples > (most := max(map(len, val_sets.values()))):

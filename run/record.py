@@ -266,7 +266,7 @@ def next_commands(cfg, out: Path) -> list[str]:
     return commands
 
 
-def summarise(run, params: dict, prediction: dict) -> dict:
+def summarise(run, params: dict, prediction: dict, train_set) -> dict:
     """Write loss.png and, last, summary.json, which makes the run finished. Returns what summary.json holds."""
     seen, timed = run.seen, run.seen["timed"]
     evaluations = [x for x in read_log(run.out) if "val_loss" in x]
@@ -284,6 +284,8 @@ def summarise(run, params: dict, prediction: dict) -> dict:
                  "perplexity": math.exp(seen["val_after"]) if is_text else None, "others": others},
         "tokens_per_s": per_second["tokens"], "examples_per_s": per_second["examples"],
         "wall_s": seen["wall_s"], "eval_s": seen["eval_s"], "steps": run.step, "arithmetic": arithmetic(run.cfg),
+        "data": {"rows": train_set.n_rows, "examples": len(train_set), "labels": train_set.n_labels,
+                 "rows_dropped": train_set.n_dropped, "rows_cut": train_set.n_truncated, "labels_cut": train_set.n_lost},
         "next": next_commands(run.cfg, run.out),
     }
     plot_losses(run.out)
@@ -303,6 +305,9 @@ def report(summary: dict, out: Path):
     if summary["tokens_per_s"]:
         print(f"speed         {summary['tokens_per_s']:,.0f} tokens/s, {summary['examples_per_s']:.2f} examples/s, "
               f"{summary['wall_s']:.0f} s in all, {summary['eval_s']:.0f} s in evaluations")
+    if lost := summary["data"]["labels_cut"]:
+        share = 100 * lost / (lost + summary["data"]["labels"])
+        print(f"truncation    {share:.2g} % of the learned tokens were cut off, in {summary['data']['rows_cut']:,} rows")
     both = m["predicted_peak"] and m["measured_peak"]
     error = f" ({100 * (m['predicted_peak'] / m['measured_peak'] - 1):+.1f} %)" if both else ""
     predicted = [f"{memory.human(m['predicted_peak'])} predicted{error}"] * bool(m["predicted_peak"])

@@ -310,7 +310,10 @@ def check_changes(cfg: TrainConfig):
     changes = {name: getattr(cfg, name) for name in MAY_CHANGE if getattr(cfg, name) != saved[name]}
     if changes:
         with saved_state(dataclasses.replace(cfg, steps=saved["steps"])) as (_, numbers):
-            done = numbers["step"]
+            done, ended = numbers["step"], has_ended(cfg, numbers["step"], numbers["seen"])
+        if ended and cfg.steps > done:
+            raise UserError(f"--resume: --patience has ended the run in {cfg.out} after {done} steps; a new run with "
+                            f"--adapter {cfg.out}/best goes on from there")
         if cfg.steps <= done:
             raise UserError(f"--resume: the run in {cfg.out} has taken {done} steps, and is to have {cfg.steps}; give more "
                             f"--steps, or leave {', '.join('--' + name for name in changes)} out")

@@ -183,6 +183,9 @@ def test_patience(killed, shared, start, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert resume(tmp_path / "whole") == json.loads(json.dumps(wanted))
     assert "is finished: 5 of 7 steps are taken (--patience), and every file" in capsys.readouterr().out
+    for more in ({"lr": 1e-4}, {"steps": 20}):
+        with pytest.raises(UserError, match="--patience has ended the run .* after 5 steps; a new run with --adapter"):
+            resume(tmp_path / "whole", **more)
 
 
 def test_a_run_of_an_older_version_resumes(start, tmp_path):

@@ -577,8 +577,9 @@ def test_when_an_evaluation_is_due():
 def test_an_evaluation_of_some_examples(go, shared, tmp_path):
     assert spread(7, 3).tolist() == [0, 2, 4] and spread(2, None).tolist() == spread(2, 2).tolist() == [0, 1]
     go(steps=2, eval_every=1, eval_examples=2)
-    found = examples(shared, "gpt2", "val.jsonl")
-    wanted = evaluate(weights.load(str(shared / "gpt2")), [found[0], found[2]], TrainConfig(device="cpu"))
+    found, tokenizer = dataset(shared, "gpt2", "val.jsonl"), data.load_tokenizer(str(shared / "gpt2"))
+    wanted = evaluate(weights.load(str(shared / "gpt2")), found, TrainConfig(device="cpu"), tokenizer,
+                      numbers=torch.tensor([0, 2]))
     assert evaluations(tmp_path / "run")[0] == {"step": 0, **{k: pytest.approx(v, rel=1e-6) for k, v in wanted.items()}}
     with pytest.raises(UserError, match="--eval-examples 5: only 4 examples are held out"):
         go(name="more", steps=2, eval_examples=5)
