@@ -13,6 +13,7 @@ rounding differs: a matrix product of eight rows may sum in another order than t
 """
 import argparse
 import json
+import math
 import os
 import sys
 from collections import deque
@@ -69,7 +70,7 @@ class Reply:
 
     def add(self, logits):
         """logits (V,). Raises UserError if they are not finite."""
-        if not torch.isfinite(logits).all():  # any token would be drawn from nothing
+        if not all(map(math.isfinite, logits.aminmax())):  # any token would be drawn from nothing
             raise UserError("the logits are not finite (NaN or infinity): the model or its adapter is damaged, or its "
                             "numbers are too large; try --bits 32")
         self.rng = self.rng or torch.Generator().manual_seed(self.seed)
