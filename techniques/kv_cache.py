@@ -13,7 +13,7 @@ row or for eight. So rows that share a forward share its cost. Rows may join and
 
     slot 0    t t t t t t . .    6 tokens      one forward can give slot 0 one token, and slot 2 the first four of a
     slot 1    . . . . . . . .    free          prompt: cache.rows([0, 2], [1, 4]). Row 0 has three tokens of padding on its
-    slot 2    . . . . . . . .    free          right. They are not stored, and no token sees them.
+    slot 2    . . . . . . . .    free          right, which no token ever sees.
 
 All slots have room for max_length tokens, used or not: slots * max_length * the bytes above. SmolLM2-135M in float32
 (46 kB a token), 8 slots of 512 tokens: 189 MB.
@@ -105,7 +105,7 @@ class KVCache:
         neighbours = slots == list(range(slots[0], slots[0] + B))
         self.index = slice(slots[0], slots[0] + B) if neighbours else torch.tensor(slots, device=device)
         self.source = self.mask = None
-        if min(start) < max(start) or min(counts) < T:  # else all rows write to the same places of their slots
+        if min(start) < max(start):  # else all rows write to the same places of their slots (padding is overwritten later)
             self.source = torch.tensor([(b, t) for b in range(B) for t in range(counts[b])], device=device).T
             self.target = torch.tensor([(s, a + t) for s, a, n in zip(slots, start, counts) for t in range(n)],
                                        device=device).T
