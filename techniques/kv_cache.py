@@ -117,7 +117,7 @@ class KVCache:
         """Forget a slot's tokens: another conversation can have it. A nan that it holds must not reach that one."""
         for x in (*self.k, *self.v):
             if x is not None:
-                x[slot, :, :self.lengths[slot]] = 0
+                x[slot] = 0  # all of it: padding may lie beyond its length
         self.lengths[slot] = 0
 
     def move(self, slot: int, to: int):

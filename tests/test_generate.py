@@ -156,7 +156,7 @@ def test_a_damaged_row_harms_no_other(model):
     cache = KVCache(model.config, 20, 2)
     model(torch.cat([ids, ids], 1), cache=cache.rows([0], [12]))
     for x in cache.v + cache.k:
-        x[0, :, :12] = math.nan
+        x[0] = math.nan
     cache.release(0)
     model(ids, cache=cache.rows([1], [6]))
     logits = model(ids[:, :3].expand(2, 3), cache=cache.rows([0, 1], [3, 3]))
