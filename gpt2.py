@@ -113,9 +113,10 @@ class Attention(nn.Module):
     def forward(self, x, segments=None, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        mask = None
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # of all tokens so far; x is the prompt, or one new token
-        y = attend(q, k, v, segments)
+            k, v, mask = cache.extend(self.layer, k, v)  # of all tokens so far; x has the new ones
+        y = attend(q, k, v, segments, mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -176,12 +177,11 @@ class GPT2(nn.Module):
     def hidden(self, ids: Tensor, positions: Tensor | None = None, segments: list[int] | None = None, cache=None) -> Tensor:
         """Token ids (B, T) -> the final norm's output (B, T, C).
 
-        positions: (B, T) or (T,). Default: 0..T-1, or the T positions that follow the tokens in the cache.
-        segments: the lengths of the examples in a packed row (then B is 1). cache: a generate.KVCache.
+        positions: (B, T) or (T,). Default: 0..T-1, or those that follow each row's tokens in the cache.
+        segments: the lengths of the examples in a packed row (then B is 1). cache: a kv_cache.KVCache.
         """
         if positions is None:
-            past = cache.length if cache is not None else 0
-            positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+            positions = torch.arange(ids.shape[1], device=ids.device) if cache is None else cache.positions(ids)
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.h):
             if self.ckpt_every and (i + 1) % self.ckpt_every == 0 and torch.is_grad_enabled():

@@ -224,9 +224,10 @@ class Attention(nn.Module):
         q = Rope.apply(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
         k = Rope.apply(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        mask = None
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # of all tokens so far; x is the prompt, or one new token
-        y = attend(q, k, v, segments)
+            k, v, mask = cache.extend(self.layer, k, v)  # of all tokens so far; x has the new ones
+        y = attend(q, k, v, segments, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -295,12 +296,11 @@ class Llama(nn.Module):
     def hidden(self, ids: Tensor, positions: Tensor | None = None, segments: list[int] | None = None, cache=None) -> Tensor:
         """Token ids (B, T) -> the final norm's output (B, T, C).
 
-        positions: (B, T) or (T,). Default: 0..T-1, or the T positions that follow the tokens in the cache.
-        segments: the lengths of the examples in a packed row (then B is 1). cache: a generate.KVCache.
+        positions: (B, T) or (T,). Default: 0..T-1, or those that follow each row's tokens in the cache.
+        segments: the lengths of the examples in a packed row (then B is 1). cache: a kv_cache.KVCache.
         """
         if positions is None:
-            past = cache.length if cache is not None else 0
-            positions = torch.arange(past, past + ids.shape[1], device=ids.device)
+            positions = torch.arange(ids.shape[1], device=ids.device) if cache is None else cache.positions(ids)
         cos, sin = rope_tables(self.config, positions)
         x = self.model.embed_tokens(ids)  # (B, T, C)
         for i, block in enumerate(self.model.layers):

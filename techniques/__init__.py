@@ -7,5 +7,7 @@
     quant          frozen weights in 8 and 4 bits; nf4_triton is its GPU kernel
     half           weights in 16 bit on a device that multiplies float32 faster
     lora_init      where an adapter starts
+    kv_cache       the keys and values of earlier tokens, for many conversations at once
+    sampling       from logits to the next token
     device         what this machine is good at
 """

@@ -12,26 +12,30 @@ from torch.nn.functional import scaled_dot_product_attention
 from techniques.device import device_of
 
 
-def attend(q, k, v, segments: list[int] | None = None, float32: bool = False):
+def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool = False):
     """q (B, H, T, D) over k, v (B, K, S, D) -> (B, H, T, D). Query head h reads key/value head h // (H / K).
 
-    S = T without a KV cache, and for the prompt when there is a cache: position t sees s <= t. Each later token comes
-    alone (T = 1) and sees all S positions of the cache. No padding mask is needed: padding is on the right of every
+    S = T without a KV cache, and for the prompt when there is a cache: position t sees s <= t. A later token that comes
+    alone (T = 1) sees all S positions of the cache. No padding mask is needed: padding is on the right of every
     real token, and a token sees only what is on its left.
+
+    mask: (B, 1, T, S), true where position t of row b sees s. Only a KV cache gives one (techniques/kv_cache.py), if its
+    rows have different lengths, or if several tokens follow those in it. It is for generation: no gradients.
 
     segments: the lengths of the examples in a packed row (B = 1). Attention runs example by example: its work is
     sum(t^2) instead of (sum t)^2, and no example sees another. float32: 16-bit q, k and v are multiplied and summed in
     float32 (phi.py needs this); the result is 16 bit again.
     """
     if q.dtype != torch.float32:
-        if (float32 or device_of(q.device).float32_backward) and (q.requires_grad or k.requires_grad or v.requires_grad):
+        trained = mask is None and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if trained and (float32 or device_of(q.device).float32_backward):
             return Float32Backward.apply(q, k, v, segments, float32)
         if float32:
-            return attend(q.float(), k.float(), v.float(), segments).to(q.dtype)
+            return attend(q.float(), k.float(), v.float(), segments, mask).to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):  # q, k and v already have the right type
         gqa = q.shape[1] != k.shape[1]
         if segments is None:
-            return scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=gqa)
+            return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=gqa)
         pieces = zip(q.split(segments, 2), k.split(segments, 2), v.split(segments, 2), strict=True)
         return torch.cat([scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa) for qkv in pieces], 2)
 
@@ -48,7 +52,7 @@ class Float32Backward(torch.autograd.Function):
     def forward(ctx, q, k, v, segments, float32):
         ctx.save_for_backward(q, k, v)
         ctx.segments = segments
-        return attend(q.detach(), k.detach(), v.detach(), segments, float32)
+        return attend(q.detach(), k.detach(), v.detach(), segments, float32=float32)
 
     @staticmethod
     def backward(ctx, grad):

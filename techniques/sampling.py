@@ -1,0 +1,62 @@
+"""From logits to the next token: what may follow, and which of it is drawn.
+
+The options and their order are those of transformers, whose logits processors give the same distribution:
+
+    repetition_penalty   a token that the text has already becomes less likely: its logit is divided by the penalty, or
+                         multiplied if it is negative (CTRL, arXiv:1909.05858, section 4.1)
+    temperature          below 1, likely tokens become more likely; 0 takes the most likely one
+    top_k                only the k most likely tokens, and those that are as likely as the last of them
+                         (arXiv:1805.04833, section 5.4); 0: all
+    top_p                only the smallest set of tokens whose probabilities sum to top_p or more (nucleus sampling,
+                         arXiv:1904.09751)
+    min_p                only tokens with at least min_p times the probability of the most likely one (arXiv:2407.01082)
+"""
+import math
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator, top_k: int = 0, min_p: float = 0.0,
+           repetition_penalty: float = 1.0, seen=()) -> int:
+    """logits (V,) -> a token id. seen: the ids of the text so far, prompt and reply, for the repetition penalty."""
+    if repetition_penalty != 1 and len(seen):
+        seen, logits = torch.tensor(seen, device=logits.device), logits.float().clone()
+        x = logits[seen]
+        logits[seen] = torch.where(x < 0, x * repetition_penalty, x / repetition_penalty)
+    if temperature < 1e-5:  # (logits / temperature must not overflow)
+        return int(logits.argmax())
+    p, order = candidates(logits, temperature, top_p, top_k, min_p)
+    return int(order[torch.multinomial(p.cpu(), 1, generator=rng)])
+
+
+def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int = 0, min_p: float = 0.0):
+    """logits (V,) -> (p, ids): the tokens from the most likely to the least, with p = 0 for those that are left out.
+
+    The probabilities that are left sum to less than 1. torch.multinomial divides them by their sum.
+    """
+    logits = logits.float() / temperature
+    if top_k:
+        last = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < last, -math.inf)
+    p, ids = torch.softmax(logits, -1).sort(descending=True)
+    p[p.cumsum(-1) - p >= top_p] = 0  # the token that crosses top_p stays
+    p[p < min_p * p[0]] = 0
+    return p, ids
+
+
+def check(max_new_tokens: int, temperature: float, top_p: float, seed: int, top_k: int = 0, min_p: float = 0.0,
+          repetition_penalty: float = 1.0):
+    """Raise UserError for an option out of its range. (nan is in no range.)"""
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise UserError(f"--temperature {temperature} must not be negative or infinite, --top-p {top_p} must be in (0, 1]")
+    if max_new_tokens < 0 or not 0 <= seed < 2**32:
+        raise UserError(f"--max-new-tokens {max_new_tokens} must not be negative, --seed {seed} in 0 ... 4294967295")
+    if top_k < 0:
+        raise UserError(f"--top-k {top_k} must not be negative (0: no limit)")
+    if not 0 <= min_p <= 1:
+        raise UserError(f"--min-p {min_p} must be in [0, 1]")
+    if not 0.01 <= repetition_penalty <= 100:  # (a logit times the penalty must not overflow)
+        raise UserError(f"--repetition-penalty {repetition_penalty} must be in [0.01, 100]; 1 changes nothing")
