@@ -4,6 +4,7 @@ Three stand-ins: FakeTensors on "cuda" (shapes and types, nothing is computed), 
 CPU that is treated as a GPU (device.pretend).
 """
 import contextlib
+import copy
 import functools
 import sys
 import types
@@ -12,8 +13,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import lora
 from ledger import ask, predict
-from techniques import attention, device, optim, quant, recompute
+from run import watch
+from run.options import TrainConfig
+from run.state import SEEN
+from techniques import attention, device, lora_init, optim, quant, recompute
 from techniques.device import CPU, Device, device_of, pretend
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -189,3 +194,50 @@ def test_one_offloaded_tensor_waits_for_its_copy(monkeypatch):
         assert log == ["copies waits for now", "now waits for copy 1", "copies waits for now"]
         assert recompute.to_device(host, first.device).is_cuda and gpu.leaving is None
         assert log[3:] == ["now waits for copies"]
+
+
+def test_an_evaluations_memory_is_not_the_steps(monkeypatch, tmp_path):
+    """Before a step is followed, what an evaluation has left in PyTorch's cache is given back, and the peaks are reset."""
+    log = []
+    for name in ("empty_cache", "reset_peak_memory_stats", "max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda *where, name=name: log.append(name) or 7)
+    seen = copy.deepcopy(SEEN)
+    plan = types.SimpleNamespace(sizes=lambda step: [(8 + step % 2, 8)])
+    with pretend("cuda", Device("cuda")):
+        watched = watch.PeakWatch(torch.nn.Linear(1, 1), None, plan, TrainConfig(device="cuda", steps=4), 0, seen)
+        for step in range(4):
+            with watched.step(step):
+                log.append(step)
+    follows = ["empty_cache", "reset_peak_memory_stats", 1, "max_memory_allocated", "max_memory_reserved"]
+    assert log == [0, *follows, 2, 3] and (seen["peak"], seen["reserved"]) == (7, 7)
+
+
+# ---------------------------------------------------------------------------------------------- where adapters start
+
+def test_pissas_base_is_computed_on_the_cpu():
+    """Every load computes W - s B0 A0 again, and another device would round B0 A0 to other codes."""
+    linear, W, A, B = torch.nn.Linear(6, 4), torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
+    on_gpu = [types.SimpleNamespace(cpu=lambda t=t: t) for t in (A, B)]  # all that it can do is to move
+    lora_init.rebase(types.SimpleNamespace(base_layer=linear, start_A=on_gpu[0], start_B=on_gpu[1],
+                                           product=lambda B, A: 2 * (B @ A)), W)
+    assert torch.equal(linear.weight, W - 2 * (B @ A))
+
+
+@pytest.mark.parametrize("init", ["loftq", "pissa"])
+@pytest.mark.parametrize("kind,computes", [("mps", "cpu"), ("cuda", "meta")])
+def test_a_gpu_without_float64_gets_its_start_from_the_cpu(kind, computes, init, monkeypatch):
+    """Apple's GPU has no float64. The "meta" device stands for the GPU."""
+    class Computed(Exception):
+        pass
+
+    def best(R, r):
+        raise Computed(R.device.type)
+
+    linear = torch.nn.Linear(64, 8, bias=False)
+    W = linear.weight.detach()
+    m = lora.LoRALinear(quant.quantize(linear, W, 8), 2, 4).to("meta")
+    monkeypatch.setattr(lora_init, "best", best)
+    monkeypatch.setattr(torch, "isfinite", lambda t: torch.ones(()))
+    monkeypatch.setattr(quant.LowBitLinear, "dequantize", lambda self: torch.ones(8, 64))
+    with pretend("meta", Device(kind)), pytest.raises(Computed, match=computes):
+        lora_init.set_start({"x": m}, init, lambda name: W)
