@@ -24,7 +24,8 @@ def evaluate(model: nn.Module, examples: list[data.Example], cfg: TrainConfig) -
     for i in range(0, len(order), cfg.batch_size):
         batch = data.collate([examples[j] for j in order[i:i + cfg.batch_size]], cfg.pack, cfg.max_length).to(cfg.device)
         with autocast(cfg.device, cfg.amp):
-            total += sum_loss(model.hidden(batch.ids, batch.positions, batch.segments), model.head, batch.targets).item()
+            hidden = model.hidden(batch.ids, batch.positions, batch.segments)
+            total += sum_loss(hidden, model.head, batch.targets, labelled=batch.labelled).item()
         labels += batch.n_labels
     model.train()
     return {"val_loss": total / labels, "val_bits_per_byte": total / math.log(2) / max(1, sum(e.n_bytes for e in examples))}

@@ -72,23 +72,25 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *[g if g is None else g.mul_(scale).to(t) for g, t in zip(grads, ctx.dtypes)], None, None
 
 
-def sum_loss(hidden, head, labels, chunk: int | None = None):
+def sum_loss(hidden, head, labels, chunk: int | None = None, labelled=None):
     """The sum of the losses of the labelled tokens. Divide it by their number *in the whole optimizer step*.
 
     hidden: (B, T, C), the output of the model's `hidden`. head: the output projection (`.weight` (V, C), `.bias` or
     None). labels: (B, T), the token that each position must predict, or -100. chunk: positions at a time (default: as
-    many as have Device.logits_chunk logits). Returns a float32 scalar. Under autocast the matrix products run in
-    autocast's type; the softmax always runs in float32.
+    many as have Device.logits_chunk logits). labelled: the N positions in labels.view(-1) that have a label (default: they
+    are searched, and the host waits for a GPU that searches). Returns a float32 scalar. Under autocast the matrix products
+    run in autocast's type; the softmax always runs in float32.
     """
     with record_function("loss"):  # a name for the ledger (memory.py) and for profilers
-        return gathered_loss(hidden, head, labels.reshape(-1), chunk)
+        return gathered_loss(hidden, head, labels.reshape(-1), chunk, labelled)
 
 
-def gathered_loss(hidden, head, labels, chunk):
+def gathered_loss(hidden, head, labels, chunk, labelled):
     weight, bias, device = head.weight, head.bias, hidden.device.type
-    labelled = (labels != IGNORE).nonzero().squeeze(1)  # (N,)
+    if labelled is None:
+        labelled = (labels != IGNORE).nonzero().squeeze(1)  # (N,)
     rest = -len(labelled) % 16  # matrix units work in tiles of 16 rows; and fewer shapes occur (see data.collate)
-    h = F.pad(hidden.flatten(0, -2)[labelled], (0, 0, 0, rest))  # (N, C)
+    h = F.pad(hidden.flatten(0, -2).index_select(0, labelled), (0, 0, 0, rest))  # (N, C)
     y = F.pad(labels[labelled], (0, rest), value=IGNORE)
     h = h.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device)
              else torch.promote_types(h.dtype, weight.dtype))
