@@ -41,6 +41,7 @@ class Device:
     logits_chunk: int = 2**24  # logits that exist at the same time (loss.py): 67 MB in float32
     optimizer_chunk: int = 2**22  # elements of a chunk of an 8-bit optimizer (optim.py): 16.8 MB in float32
     nf4_chunk: int = 2**22  # 4-bit weights that quant.py dequantises at the same time: 8 bytes each
+    rms_norm_kernel: bool = False  # F.rms_norm is one kernel, in forward and in backward (llama.py)
     nf4_kernel: Callable | None = None  # dequantises 4-bit weights in one pass (nf4_triton.py); None: quant.py does it
     # How many of many equal pieces of work are run; the others are skipped. None: run all. Only the prediction sets
     # it: it computes nothing, and three pieces (one in use, one that arrives, one that leaves) need as much memory as
@@ -109,7 +110,8 @@ def detect(device: torch.device) -> Device:
             generation, _ = torch.cuda.get_device_capability(device)  # 7: Volta, Turing; 8: Ampere, Ada; 9: Hopper
             # GPUs before Ampere emulate bfloat16: correctly, but very slowly (nanoGPT#277).
             half = half if generation >= 8 else torch.float16
-            answers = {"flash": generation >= 8, "nf4_kernel": triton_kernel(device)}
+            answers = {"flash": generation >= 8, "nf4_kernel": triton_kernel(device),
+                       "rms_norm_kernel": hasattr(torch.ops.aten, "_fused_rms_norm")}  # since PyTorch 2.9
             if generation >= 9:
                 answers["workspace"] = 2**25
             # cuDNN's attention makes a plan for each new shape, in each thread, and lengths vary here: a mean step of

@@ -3,22 +3,32 @@
 Three stand-ins: FakeTensors on "cuda" (shapes and types, nothing is computed), a torch.cuda that tells of two GPUs, and a
 CPU that is treated as a GPU (device.pretend).
 """
+import collections
 import contextlib
 import copy
+import dataclasses
 import functools
 import sys
 import types
 
 import pytest
 import torch
+from conftest import make_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import data
+import llama
 import lora
+import train
+from files import weights
 from ledger import ask, predict
-from run import watch
+from run import prepare, watch
 from run.options import TrainConfig
 from run.state import SEEN
-from techniques import attention, device, lora_init, optim, quant, recompute
+from techniques import attention, device, lora_init, loss, optim, quant, recompute
 from techniques.device import CPU, Device, device_of, pretend
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -241,3 +251,87 @@ def test_a_gpu_without_float64_gets_its_start_from_the_cpu(kind, computes, init,
     monkeypatch.setattr(quant.LowBitLinear, "dequantize", lambda self: torch.ones(8, 64))
     with pretend("meta", Device(kind)), pytest.raises(Computed, match=computes):
         lora_init.set_start({"x": m}, init, lambda name: W)
+
+
+# ---------------------------------------------------------------------------------------------- kernels and waiting
+
+A = torch.ops.aten
+NO_KERNEL = {A.detach.default, A._unsafe_view.default, A.alias.default, A.empty.memory_format, A.empty_like.default,
+             A.new_empty.default, A.empty_strided.default, A.new_empty_strided.default, A.lift_fresh.default,
+             torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
+WAITS = {A._local_scalar_dense.default, A.nonzero.default, A.masked_select.default, A.equal.default, A.is_nonzero.default,
+         A.repeat_interleave.Tensor, A._unique2.default}  # on a GPU the host waits for their result
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that start at least one kernel on a GPU, and those that make the host wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.waits = collections.Counter(), []
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = [t for t in tree_leaves(args[1:]) if isinstance(t, torch.Tensor) and t.dtype == torch.bool]
+        if func in WAITS or func is A.index.Tensor and masks:
+            self.waits.append(func)
+        elif not func.is_view and func not in NO_KERNEL:
+            self.kernels[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def as_a_gpu(on_device, monkeypatch):
+    """The CPU answers as an H100 would. F.rms_norm, which on a CPU is many operators, is one here: another norm."""
+    monkeypatch.setattr(llama.F, "rms_norm", lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps))
+    on_device(type="cuda", float32_backward=False, rms_norm_kernel=True, products=BF16,
+              nf4_kernel=lambda packed, absmax, levels, out: out.zero_())
+
+
+def loaded(tmp_path, n_layer, bits=16, **options):
+    model = weights.load(make_folder(tmp_path / f"{n_layer}", "llama", num_hidden_layers=n_layer, hidden_size=64,
+                                     intermediate_size=128), bits)
+    lora.inject(model, r=2, **options)
+    return model.train()
+
+
+IDS = torch.arange(16)[None]
+
+
+@pytest.mark.parametrize("bits,targets,ckpt_every,forward,backward", [
+    (16, None, 0, 30, 49), (16, None, 1, 30, 77), (4, None, 0, 72, 91), (16, "all", 0, 50, 104)])
+def test_kernels_of_a_llama_layer(bits, targets, ckpt_every, forward, backward, tmp_path, as_a_gpu, monkeypatch):
+    """A small micro-batch takes as long as the host needs to start its kernels, some 5 microseconds each: these numbers may
+    only fall. What a layer adds: three layers minus two. The second micro-batch, whose gradients are added."""
+    monkeypatch.setattr(recompute.torch.random, "fork_rng", lambda gpus, device_type: contextlib.nullcontext())
+    found = []
+    for n_layer in (2, 3):
+        model = loaded(tmp_path, n_layer, bits, targets=targets)
+        model.ckpt_every = ckpt_every
+        for _ in range(2):
+            with Launches() as ahead, torch.autocast("cpu", BF16):
+                value = loss.sum_loss(model.hidden(IDS), model.head, IDS)
+            with Launches() as back:
+                value.backward()
+        assert not back.waits
+        found.append((ahead.kernels.total(), back.kernels.total()))
+    found = found[1][0] - found[0][0], found[1][1] - found[0][1]
+    assert found[0] <= forward and found[1] <= backward, found
+
+
+@pytest.mark.parametrize("bits,options", [(16, {}), (4, {"ckpt_every": 1}), (8, {"pack": True})])
+def test_the_host_waits_for_nothing_until_the_gradients_are_clipped(bits, options, tmp_path, as_a_gpu, monkeypatch):
+    """Then it reads the losses and the norm."""
+    cfg = TrainConfig(device="cpu", amp=True, bits=bits, **options)
+    model = loaded(tmp_path, 2, bits)
+    model.ckpt_every = cfg.ckpt_every
+    examples = [data.Example(list(range(n)), [data.IGNORE] * 3 + list(range(n - 3))) for n in (9, 16)]
+    batches, waits, clip = [data.collate(examples, cfg.pack, 32) for _ in range(3)], [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: waits.append(len(launches.waits)) or clip(*args))
+    optimizer, scaler = prepare.make_optimizer(model, dataclasses.replace(cfg, lr=1e-3)), prepare.make_scaler(cfg)
+    with Launches() as launches:
+        train.train_step(model, optimizer, scaler, batches, cfg)
+    assert waits == [0] and len(launches.waits) == len(batches) + 1  # (of the losses, only the first is a wait)
