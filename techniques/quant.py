@@ -258,8 +258,10 @@ class NF4Linear(LowBitLinear):
             return self.absmax
         code, _ = tables(True, self.absmax.device)  # DYNAMIC, copied to the GPU once
         x = code.index_select(0, self.absmax.int())
-        x = F.pad(x, (0, -len(x) % NESTED)).view(-1, NESTED).mul_(self.nested_absmax[:, None])
-        return x.view(-1)[:len(self.absmax)].add_(self.offset)
+        if rest := -len(x) % NESTED:
+            x = F.pad(x, (0, rest))
+        x.view(-1, NESTED).mul_(self.nested_absmax[:, None])
+        return x[:len(self.absmax)].add_(self.offset)
 
     def dequantize_into(self, out):
         return dequantize_nf4(self.weight, self.absmax32(), out)

@@ -204,6 +204,9 @@ def test_one_offloaded_tensor_waits_for_its_copy(monkeypatch):
         assert log == ["copies waits for now", "now waits for copy 1", "copies waits for now"]
         assert recompute.to_device(host, first.device).is_cuda and gpu.leaving is None
         assert log[3:] == ["now waits for copies"]
+    with pretend("cpu", Device("cuda", host="meta")) as gpu:  # the same in a prediction
+        x = torch.empty(4)
+        assert recompute.to_host(x).is_meta and gpu.leaving is x
 
 
 def test_an_evaluations_memory_is_not_the_steps(monkeypatch, tmp_path):

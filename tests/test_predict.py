@@ -26,7 +26,7 @@ from ledger import allocator, ask, fit, hollow, predict
 from ledger.allocator import CachingAllocator, MiB
 from run import options as options_
 from techniques import optim
-from techniques.device import device_of
+from techniques.device import Device, device_of, pretend
 from train import TrainConfig
 
 MB = 1e6
@@ -308,6 +308,33 @@ def test_what_a_card_adds():
     room = asked("llama-2-7b", T=8, bits=8, ckpt_every=1)["by_category"]  # the largest layer in 16 bit, one at a time
     tiles = 4 * 32 * 128 * (128 + 1)  # attention's backward works on 128 rows, even if T is 8
     assert room["temporaries"] == pytest.approx(2 * 8.5e6 + 2 * 4096 * 11008 + tiles, rel=0.01)
+
+
+def test_an_older_gpu_is_predicted():
+    """A T4: float16, and k and v are kept for every query head, as attention.py expands them. SmolLM2 has 9 and 3 heads."""
+    t4 = {"half": "float16", "products": "float16", "flash": False}
+    new, old = (asked("smollm2-135m", 8, machine=machine)["by_category"]["activations"] for machine in ({}, t4))
+    assert old - new == pytest.approx(30 * 8 * 512 * 2 * (9 - 3) * 64 * 2, rel=0.01)
+    new, old = (asked("smollm2-135m", 1, 4096, machine={"logits_chunk": 2**20, **machine}, ckpt_every=1)["by_category"]
+                for machine in ({}, t4))
+    assert old["activations"] - new["activations"] == pytest.approx(4096 * 2 * (9 - 3) * 64 * 2, rel=0.01)
+
+
+def test_dropout_keeps_one_byte_a_number_on_a_gpu():
+    """For q's and v's adapter a mask, one byte a number, and x twice instead of once. (On a CPU a factor takes 2 bytes.)"""
+    for at, mask in (("cuda", 1), ("cpu", 2)):
+        kept = [activations("smollm2-135m", 1, 256, device=at, lora_dropout=p) for p in (0.1, 0.0)]
+        assert kept[0] - kept[1] == pytest.approx(30 * 256 * 576 * (2 * mask + 2), rel=0.03), at
+
+
+def test_attentions_buffers():
+    """FlashAttention's backward works on 128 rows of 32 numbers at a time, the memory-efficient kernel on 64 of 64."""
+    q, k = (torch.empty(2, heads, 130, 40, dtype=torch.bfloat16) for heads in (6, 3))
+    rows = 4 * 2 * 6
+    for flash, pair, wanted in ((True, (q, q), rows * 256 * 65), (True, (q, k), rows * 256 * 65 + 2 * q.nbytes),
+                                (False, (q, q), rows * 192 * 65), (True, (q.float(), q.float()), rows * 192 * 65)):
+        with pretend("cpu", Device("cuda", flash=flash)):
+            assert predict.attention_buffers(*pair) == wanted
 
 
 # ---------------------------------------------------------------------------------------------- --dry-run
