@@ -467,11 +467,14 @@ class Batch:
     n_examples: int = 0
     n_tokens: int = 0  # without padding
     n_labels: int = 0
+    labelled: torch.Tensor | None = None  # (n_labels,): where targets.view(-1) has a label
 
     def to(self, device) -> "Batch":
-        for f in ("ids", "targets", "positions"):
-            if getattr(self, f) is not None:
-                setattr(self, f, getattr(self, f).to(device, non_blocking=True))
+        for f in ("ids", "targets", "positions", "labelled"):
+            if (tensor := getattr(self, f)) is not None:
+                if torch.device(device).type == "cuda":  # the GPU reads pinned memory by itself: the host does not wait
+                    tensor = tensor.pin_memory()
+                setattr(self, f, tensor.to(device, non_blocking=True))
         return self
 
 
@@ -499,7 +502,8 @@ def collate(examples: list[Example], pack: bool = False, limit: int | None = Non
         batch = Batch(torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in examples]),
                       torch.tensor([e.targets + [IGNORE] * (T - len(e.ids)) for e in examples]))
     batch.n_examples, batch.n_tokens = len(examples), sum(lengths)
-    batch.n_labels = int((batch.targets != IGNORE).sum())
+    batch.labelled = (batch.targets.view(-1) != IGNORE).nonzero().squeeze(1)  # here: on a GPU the host would wait for it
+    batch.n_labels = len(batch.labelled)
     return batch
 
 

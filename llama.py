@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from techniques.attention import attend
+from techniques.device import device_of
 from techniques.recompute import recompute
 
 # Keys of config.json that the model depends on. The loader checks them: an int is a size, a float is above 0.
@@ -133,18 +134,20 @@ class Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
+        return turn(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return turn(grad, cos, -sin), None, None
+        return turn(grad, cos, sin, -1), None, None
 
 
-def turn(x, cos, sin):
-    """(a, b) -> (a cos - b sin, b cos + a sin), in float32. The table `sin` is (-sin, sin), and roll makes (b, a)."""
-    x32 = x.float()
-    return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+def turn(x, cos, sin, way: int):
+    """(a, b) -> (a cos - b sin, b cos + a sin), in float32. The table `sin` is (-sin, sin), and roll makes (b, a).
+
+    way: -1 turns back. (The tables are float32, so the products are too, whatever x is.)
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, value=way).to(x.dtype)
 
 
 def row_dot(a, b):
@@ -191,6 +194,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if device_of(x.device).rms_norm_kernel and x.dtype == self.weight.dtype:  # it keeps the same: x and r
+            with torch.autocast(x.device.type, enabled=False):  # autocast would make a float32 copy of x
+                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return RMSNormFunction.apply(x, self.weight, self.eps)
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What each category costs, in closed form. t: tokens of a micro-batch, L: layers, C: width, F: the MLP's width.
 # Example: LLaMA-7B, r = 16 on q and v, --amp, 1 x 512 tokens, on a GPU. Its peak is in the loss of the step's first
-# micro-batch, where all activations and a chunk of logits exist. On the right, the bytes at this peak; together 15.3 GB.
+# micro-batch, where all activations and a chunk of logits exist. On the right, the bytes at this peak; together 15.4 GB.
 CATEGORIES = (
     "weights",      # 2 bytes a weight in 16 bit, 4 in 32; layers in 8 bit 1, in 4 bit 0.516 (quant.py)           13.48 GB
     "adapters",     # 4 r (in + out) for each adapted matrix: 4 * 16 * 8192 * 64                                  33.6 MB
@@ -31,8 +31,8 @@ CATEGORIES = (
     "activations",  # t L a, and each model file gives its a. llama.py: 512 * 32 * 101,376                         1.66 GB
                     # (and 16-bit copies of the adapters: 17 MB). --ckpt-every 1: t (2C L + a) = 0.19 GB;
                     # --ckpt-every 2: t ((2C + a) L / 2 + a) = 0.95 GB (recompute.py)
-    "loss",         # 2^22 logits: 16.8 MB in float32 + 8.4 MB for their 16-bit copy or gradient = 25.2 MB;
-                    # 6C t for the hidden vectors, their copy and their gradient = 12.6 MB; the sum:              37.8 MB
+    "loss",         # at most 2^24 logits (on a CPU 2^22), here 512 * 32,000: 65.5 MB in float32 + 32.8 MB for their 16-bit
+                    # copy or gradient; 8C t for the hidden vectors, a copy, two of their gradient: 98.3 + 16.8   115 MB
     "temporaries",  # what one operator hands to the next; on a GPU also two workspaces of cuBLAS (predict.py)    17.0 MB
                     # (later, in a layer's backward: some three tensors of the MLP's width too, 6F t = 33.8 MB)
 )

@@ -113,19 +113,22 @@ class Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
+        return turn(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return turn(grad, cos, -sin), None, None
+        return turn(grad, cos, sin, -1), None, None
 
 
-def turn(x, cos, sin):
-    """(a, b) -> (a cos - b sin, b cos + a sin), in float32. The table `sin` is (-sin, sin), and roll makes (b, a)."""
+def turn(x, cos, sin, way: int):
+    """(a, b) -> (a cos - b sin, b cos + a sin), in float32. The table `sin` is (-sin, sin), and roll makes (b, a).
+
+    way: -1 turns back.
+    """
     R = cos.shape[-1]
-    ab = x[..., :R].float()
-    return torch.cat([torch.addcmul(ab * cos, ab.roll(R // 2, -1), sin).to(x.dtype), x[..., R:]], -1)
+    ab = x[..., :R]
+    return torch.cat([torch.addcmul(ab * cos, ab.roll(R // 2, -1), sin, value=way).to(x.dtype), x[..., R:]], -1)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -73,10 +73,11 @@ def train_step(model, optimizer, scaler, batches: list[data.Batch], cfg: TrainCo
             loss = sum_of(model, batch, hidden) / n_labels
         losses.append(loss.detach())
         scaler.scale(loss).backward()
-    loss_sum = sum(loss.item() for loss in losses)  # read only now: each read would make the host wait for a GPU
     scaler.unscale_(optimizer)  # before clipping: the threshold is in units of the true gradient
     trained = [optimizer.master(p) for p in model.parameters() if p.requires_grad]
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf).item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
+    # Read only now, and all losses at once: each read makes the host wait for a GPU.
+    loss_sum, grad_norm = sum(loss.item() for loss in torch.stack(losses).cpu()), grad_norm.item()
     if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
         raise FloatingPointError(f"loss {loss_sum}, gradient norm {grad_norm}")
     scaler.step(optimizer)

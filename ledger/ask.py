@@ -87,8 +87,11 @@ class Predictor:
 
 
 def machine(device: str) -> dict:
-    """What the prediction must know of `device`: its types."""
-    return {"half": type_name(device_of(device).half), "products": type_name(device_of(device).products)}
+    """What the prediction must know of `device`: its types, and its other answers that change what is in memory."""
+    device = device_of(device)
+    names = ("float32_backward", "flash", "workspace", "logits_chunk", "optimizer_chunk", "nf4_chunk")
+    return {"half": type_name(device.half), "products": type_name(device.products),
+            "nf4_kernel": device.nf4_kernel is not None, **{name: getattr(device, name) for name in names}}
 
 
 # ---------------------------------------------------------------------------------------------- the steps to ask about

@@ -11,11 +11,13 @@ A GPU is predicted on the CPU. Tensors on "cpu" stand for the GPU's, and a Devic
 here, and is not counted. Three things need GPU memory and are not tensors of the step:
 
     rounding                what PyTorch's allocator adds (allocator.py)
-    cuBLAS's workspace      8.5 MB (33.6 MB on an H100) for each of the two threads that multiply: forward's and backward's
+    cuBLAS's workspace      8.5 MB (33.6 MB on an H100 and on newer GPUs) for each of the two threads that multiply:
+                            forward's and backward's
     attention's backward    It sums dq in float32 (FlashAttention-2, arXiv:2307.08691, section 3.1.2), and with grouped
                             queries it has dk and dv for every query head. Bytes for each number of q in 16 bit, one layer
                             at a time: 4 + 4/D, or 8 + 4/D with groups. LLaMA-7B, 512 tokens: 512 * 4096 * 4.03 = 8.5 MB.
 
+Dropout keeps a mask on a GPU, 1 byte a number; on a CPU it keeps the factors 0 and 1 / (1 - p), 2 or 4 bytes.
 CUDA itself needs 300 to 600 MB more. (These numbers follow the sources of PyTorch and FlashAttention. They have not been
 compared with a GPU.)
 """
@@ -23,8 +25,10 @@ import contextlib
 import dataclasses
 import json
 import sys
+from unittest import mock
 
 import torch
+from torch.nn import functional as F
 
 import data
 import lora
@@ -37,7 +41,7 @@ from ledger.hollow import Hollow, hollow, hollow_model
 from run import prepare
 from run.options import TrainConfig
 from techniques import half, optim, quant
-from techniques.device import Device, compute_dtype, device_of, pretend
+from techniques.device import Device, compute_dtype, device_of, hollow_nf4, pretend
 
 FEW = 3  # equal pieces of work that are run instead of thousands: one in use, one that arrives, one that leaves
 
@@ -49,7 +53,8 @@ def predict(cfg: TrainConfig, raw_config: dict, steps: list, machine: dict) -> d
     steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in step] for step in steps]
     like = peft_files.read(weights.without_storage(*reversed(weights.config_from(raw_config))), cfg.adapter,
                            device="cpu") if cfg.adapter else None
-    with one_thread(), torch.random.fork_rng([]), Hollow(), pretend("cpu", predicted_device(gpu, machine)) as device:
+    with (one_thread(), torch.random.fork_rng([]), Hollow(), pretend("cpu", predicted_device(gpu, machine)) as device,
+          mock.patch.object(F, "dropout", masking_dropout if gpu else F.dropout)):
         model = hollow_model(raw_config, 32 if cfg.full else cfg.bits, compute_dtype("cpu", cfg.amp))
         prepare.set_trainable(model, cfg, like=like)
         for m in lora.adapters(model).values():
@@ -60,7 +65,7 @@ def predict(cfg: TrainConfig, raw_config: dict, steps: list, machine: dict) -> d
         do_as_a_first_step(model, optimizer, compute_dtype("cpu", cfg.amp))
         ledger_class, workspaces = memory.Ledger, list(device.rooms.values())
         if gpu:
-            workspaces += [hollow((cublas_workspace(gpu),), torch.uint8) for _ in range(2)]
+            workspaces += [hollow((device.workspace,), torch.uint8) for _ in range(2)]
             ledger_class = GPULedger
         with ledger_class(model, optimizer, workspaces, "cpu" if gpu else None) as ledger:
             for t in workspaces:
@@ -76,12 +81,12 @@ def predict(cfg: TrainConfig, raw_config: dict, steps: list, machine: dict) -> d
 def predicted_device(gpu: str | None, machine: dict) -> Device:
     """The device that is predicted. It has rooms of its own, so no hollow tensor stays in the rooms of this machine.
 
-    machine: {"half": "bfloat16", "products": "float32"}, the device's answers as ask.py found them.
+    machine: {"half": "bfloat16", "products": "float32", ...}, the device's answers as ask.py found them.
     """
-    answers = {name: getattr(torch, dtype) for name, dtype in machine.items()}
-    if gpu is None:
-        return dataclasses.replace(device_of("cpu"), **answers, pieces=FEW, rooms={})
-    return Device("cuda", **answers, host="meta", pieces=FEW, nf4_kernel=lambda packed, absmax, levels, out: out)
+    types = {name: getattr(torch, machine[name]) for name in ("half", "products")}
+    kernel = hollow_nf4 if machine["nf4_kernel"] else None
+    return Device("cuda" if gpu else "cpu", **{**machine, **types, "nf4_kernel": kernel}, pieces=FEW,
+                  host="meta" if gpu else "cpu")
 
 
 @contextlib.contextmanager
@@ -101,21 +106,26 @@ class GPULedger(memory.Ledger):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         buffers = None
         if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-            q, k = args[1], args[2]
-            B, H, T, D = q.shape
-            size = 4 * B * H * T  # one float32 number for each row of q
-            if q.dtype != torch.float32:  # (for float32 another kernel runs, which sums dq in the result itself)
-                size += 4 * q.numel() + (2 * q.nbytes if k.shape[1] < H else 0)
-            buffers = hollow((size,), torch.uint8)
+            buffers = hollow((attention_buffers(args[1], args[2]),), torch.uint8)
             self.follow(buffers)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         del buffers
         return out
 
 
-def cublas_workspace(gpu: str) -> int:
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(gpu)[0] == 9
-    return 32 * 2**20 if hopper else 2 * 4096 * 1024 + 8 * 16 * 1024
+def attention_buffers(q, k) -> int:
+    """Bytes: dq in float32, and one more float32 number for each row of q. The kernels round T and D up to their tiles.
+
+    Where FlashAttention does not run, PyTorch's memory-efficient kernel does. It has the same buffers in other tiles.
+    """
+    (B, H, T, D), flash = q.shape, device_of("cpu").reads_groups(q.dtype)
+    rows, width = (-(-T // 128) * 128, -(-D // 32) * 32) if flash else (-(-T // 64) * 64, -(-D // 64) * 64)
+    return 4 * B * H * rows * (width + 1) + (2 * q.nbytes if k.shape[1] < H else 0)
+
+
+def masking_dropout(x, p=0.5, training=True):
+    """F.dropout as a GPU computes it."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
 def do_as_a_first_step(model, optimizer, dtype: torch.dtype):

@@ -163,7 +163,8 @@ class Run:
             torch.set_rng_state(like(torch.get_rng_state(), f, "rng/cpu"))
             if "rng/cuda" in names and torch.device(self.cfg.device).type == "cuda":
                 torch.cuda.set_rng_state(like(torch.cuda.get_rng_state(self.cfg.device), f, "rng/cuda"), self.cfg.device)
-            self.scaler.load_state_dict(numbers["scaler"])
+            if numbers["scaler"]:  # (a run that begins in bfloat16 has none, and may continue in float16)
+                self.scaler.load_state_dict(numbers["scaler"])
         self.step, self.seen = numbers["step"], {**self.seen, **numbers["seen"]}  # (older states have fewer numbers)
         record.rewind_log(self.out, self.step)
         if self.ended:  # all steps are taken, but not everything is written: nothing saves again

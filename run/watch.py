@@ -31,8 +31,6 @@ class PeakWatch:
         self.first_timed = candidates(done, cfg.steps).start
         self.front = data.Front()  # the sizes of the micro-batches followed so far
         self.cuda = torch.device(cfg.device).type == "cuda"
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(cfg.device)
 
     def is_larger(self, step: int) -> bool:
         """Whether `step` can set a new peak, compared with the steps that were followed."""
@@ -47,6 +45,9 @@ class PeakWatch:
         if not self.is_larger(step):
             yield step >= self.first_timed
             return
+        if self.cuda:  # what an evaluation has cached is no part of the step
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
         kept = device_of(self.device).rooms.values()
         with memory.Ledger(self.model, self.optimizer, kept, "cuda" if self.cuda else None) as ledger:
             yield False

@@ -34,6 +34,9 @@ def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool 
             return attend(q.float(), k.float(), v.float(), segments, mask).to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):  # q, k and v already have the right type
         gqa = q.shape[1] != k.shape[1]
+        if gqa and not device_of(q.device).reads_groups(q.dtype):  # or PyTorch would store the T x T matrices
+            n, gqa = q.shape[1] // k.shape[1], False
+            k, v = k.repeat_interleave(n, 1), v.repeat_interleave(n, 1)
         if segments is None:
             return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=gqa)
         pieces = zip(q.split(segments, 2), k.split(segments, 2), v.split(segments, 2), strict=True)

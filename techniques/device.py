@@ -14,8 +14,8 @@ weight for one product. New memory for each layer would take a third of the time
 it page by page. The cost of this room: the bytes of the largest layer in 16 bit. LLaMA-7B: 4096 x 11008 * 2 = 90 MB.
 """
 import contextlib
-import functools
 import importlib.util
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -36,14 +36,19 @@ class Device:
     why: str = ""  # the reason for `products`, in words
     float32_backward: bool = False  # attention's backward is faster in float32 than in 16 bit (attention.py)
     host: str = "cpu"  # where offloaded tensors wait (optim.py, recompute.py)
-    logits_chunk: int = 2**22  # logits that exist at the same time (loss.py): 16.8 MB in float32
+    flash: bool = True  # a GPU: has FlashAttention's kernels, 16 bit only (Ampere and later)
+    workspace: int = 2 * 4096 * 1024 + 8 * 16 * 1024  # bytes that a thread's matrix products take on a GPU (cuBLAS)
+    logits_chunk: int = 2**24  # logits that exist at the same time (loss.py): 67 MB in float32
     optimizer_chunk: int = 2**22  # elements of a chunk of an 8-bit optimizer (optim.py): 16.8 MB in float32
+    nf4_chunk: int = 2**22  # 4-bit weights that quant.py dequantises at the same time: 8 bytes each
+    rms_norm_kernel: bool = False  # F.rms_norm is one kernel, in forward and in backward (llama.py)
     nf4_kernel: Callable | None = None  # dequantises 4-bit weights in one pass (nf4_triton.py); None: quant.py does it
     # How many of many equal pieces of work are run; the others are skipped. None: run all. Only the prediction sets
     # it: it computes nothing, and three pieces (one in use, one that arrives, one that leaves) need as much memory as
     # thousands.
     pieces: int | None = None
     rooms: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    leaving: tuple | torch.Tensor | None = None  # what is being copied to the host, and the copy's event (recompute.py)
 
     def __post_init__(self):
         """Raises ValueError for answers that no device can give."""
@@ -57,12 +62,23 @@ class Device:
         """Whether offloading frees anything. A CPU and Apple's GPU share one memory with the host."""
         return self.type == "cuda"
 
+    @property
+    def float64(self) -> bool:
+        return self.type != "mps"
+
+    def reads_groups(self, dtype: torch.dtype) -> bool:
+        """Whether attention's kernel takes fewer key/value heads than query heads. On a GPU only FlashAttention does."""
+        return self.type != "cuda" or self.flash and dtype != torch.float32
+
     def room(self, name: tuple, n: int, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """The first `n` elements of the room `name`. `make(n)` makes the room when it is missing or too small."""
         if name not in self.rooms or len(self.rooms[name]) < n:
             self.rooms[name] = make(n)
         return self.rooms[name][:n]
 
+
+# A CPU's answers. What a core works on should stay in its cache; a GPU would spend its time on starting kernels that small.
+CPU = {"float32_backward": True, "logits_chunk": 2**22, "optimizer_chunk": 2**17, "nf4_chunk": 2**20}
 
 DEVICES: dict[torch.device, Device] = {}  # of this process: detected once, or set by pretend()
 
@@ -86,16 +102,22 @@ def numbered(device) -> torch.device:
 def detect(device: torch.device) -> Device:
     """What is known about this machine's `device`."""
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
-        return Device(device.type)  # a GPU that is predicted and not here: the usual answers
-    half, answers = torch.bfloat16, {}
-    if device.type == "cpu":
-        # 512 kB of float32 stay in a core's cache; a GPU would spend its time on starting kernels that small.
-        answers = {"float32_backward": True, "optimizer_chunk": 2**17}
-    if device.type == "cuda":
-        # GPUs before Ampere emulate bfloat16: correctly, but very slowly (nanoGPT#277).
-        half = half if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        answers = {"nf4_kernel": triton_kernel()}
-    products, why = faster_type(device, half)
+        # A GPU that is predicted and not here: the usual answers.
+        return Device(device.type, nf4_kernel=hollow_nf4 if device.type == "cuda" else None)
+    half, answers = torch.bfloat16, CPU if device.type == "cpu" else {}
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # what asks no device asks the current one
+        if device.type == "cuda":
+            generation, _ = torch.cuda.get_device_capability(device)  # 7: Volta, Turing; 8: Ampere, Ada; 9: Hopper
+            # GPUs before Ampere emulate bfloat16: correctly, but very slowly (nanoGPT#277).
+            half = half if generation >= 8 else torch.float16
+            answers = {"flash": generation >= 8, "nf4_kernel": triton_kernel(device),
+                       "rms_norm_kernel": hasattr(torch.ops.aten, "_fused_rms_norm")}  # since PyTorch 2.9
+            if generation >= 9:
+                answers["workspace"] = 2**25
+            # cuDNN's attention makes a plan for each new shape, in each thread, and lengths vary here: a mean step of
+            # 0.245 s instead of 0.100 (FunASR#3704). PyTorch prefers it on an H100.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        products, why = faster_type(device, half)
     return Device(device.type, half, products, why, **answers)
 
 
@@ -147,12 +169,25 @@ def synchronize(device: torch.device):
         torch.get_device_module(device).synchronize()
 
 
-@functools.cache
-def triton_kernel() -> Callable | None:
+def triton_kernel(device: torch.device) -> Callable | None:
+    """nf4_triton.dequantize, if it runs. Triton may be installed where nothing compiles: it needs gcc and Python.h."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from techniques import nf4_triton
+    try:
+        from techniques import nf4_triton
+        nf4_triton.dequantize(torch.zeros(32, dtype=torch.uint8, device=device), torch.zeros(1, device=device),
+                              torch.zeros(16), torch.zeros(64, dtype=torch.bfloat16, device=device))
+    except Exception as e:  # each part of Triton raises its own kind
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        print(f"Triton does not run here ({reason:.200}): 4-bit weights are dequantised by PyTorch, which is slower; "
+              f"it needs gcc and Python.h", file=sys.stderr)
+        return None
     return nf4_triton.dequantize
+
+
+def hollow_nf4(packed, absmax, levels, out):
+    """Stands for nf4_triton.dequantize in a prediction: it takes no memory and computes nothing."""
+    return out
 
 
 @contextlib.contextmanager
@@ -194,6 +229,8 @@ def usable_device(name: str | None) -> str:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # Triton starts its kernels on the current GPU, wherever the tensors are
     return name
 
 

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from techniques import quant
+from techniques.device import device_of
 
 INITS = ("default", "loftq", "pissa")
 STEPS = 25  # iterations of top_left
@@ -62,6 +63,8 @@ def set_start(adapters: dict, init: str, stored: Callable[[str], torch.Tensor]):
     """
     for name, m in tqdm(adapters.items(), desc=f"lora-init {init}", disable=not sys.stderr.isatty(), unit="layer"):
         low_bit, device = isinstance(m.base_layer, quant.LowBitLinear), m.lora_A.device
+        if not device_of(device).float64:  # top_left needs it
+            device = torch.device("cpu")
         if init == "loftq" and not low_bit:  # the head is never quantised: it has the default start
             continue
         W = stored(f"{name}.weight")
@@ -69,7 +72,7 @@ def set_start(adapters: dict, init: str, stored: Callable[[str], torch.Tensor]):
         if not torch.isfinite(R).all():
             raise UserError(f"{name}.weight is not finite (NaN or infinity); the checkpoint is damaged")
         if init == "loftq":
-            R = R - m.base_layer.dequantize()
+            R = R - m.base_layer.dequantize().to(device)
         with torch.no_grad():
             for rows, A, B in zip(m.rows(), m.lora_A.split(m.r), m.lora_B):
                 U, S, Vt = best(R[rows], m.r)
@@ -77,7 +80,7 @@ def set_start(adapters: dict, init: str, stored: Callable[[str], torch.Tensor]):
                 B[:, :len(S)] = U * root
                 # Where S is 0 (loftq over weights that were quantised before), A keeps its random row: if both factors
                 # were 0, neither would have a gradient.
-                A[:len(S)] = torch.where(S[:, None] > 1e-6 * R.norm(), root[:, None] * Vt, A[:len(S)])
+                A[:len(S)] = torch.where(S[:, None] > 1e-6 * R.norm(), root[:, None] * Vt, A[:len(S)].to(device))
             m.keep_start(m.lora_A, m.B())
         if init == "pissa":
             rebase(m, W)
@@ -89,7 +92,7 @@ def rebase(m, W: torch.Tensor):
     It is computed on the CPU, whatever the device is: every load computes it again, and must get the same codes.
     """
     base = m.base_layer
-    rest, device = W - m.start_delta().cpu(), base.weight.device
+    rest, device = W - m.product(m.start_B.cpu(), m.start_A.cpu()), base.weight.device
     if isinstance(base, quant.FrozenLinear):
         m.base_layer = base.with_weight(rest).to(device)
     else:  # a new tensor, not -=: the weight of a tied head is the embedding's weight too

@@ -8,9 +8,10 @@ tokens: 4096 * 50257 * (2 + 4 + 4) bytes = 2.06 GB, eight times the model in 16 
 2. d loss / d logits = softmax(logits) - onehot(label). This gradient is known as soon as the logits are. So the *forward*
    pass computes the gradient of the hidden vectors, (softmax - onehot) @ W, and then frees the logits. (Liger Kernel,
    arXiv:2410.10989, section 3.2, calls this FusedLinearCrossEntropy.)
-3. Positions are independent. So they are processed in chunks of at most 2^22 logits, whatever B, T and V are. In float32
-   these logits take 2^22 * 4 bytes = 16.8 MB. With --amp their 16-bit copy (later their 16-bit gradient) adds 2^22 * 2
-   bytes = 8.4 MB: 25.2 MB of live tensors at a chunk's peak.
+3. Positions are independent. So they are processed in chunks of at most 2^24 logits on a GPU and 2^22 on a CPU, whatever
+   B, T and V are. On a CPU these logits take 2^22 * 4 bytes = 16.8 MB in float32. With --amp their 16-bit copy (later
+   their 16-bit gradient) adds 2^22 * 2 bytes = 8.4 MB: 25.2 MB of live tensors at a chunk's peak. A GPU has four times
+   as much, 101 MB: each chunk reads W twice, and with V = 128,256 a chunk of 2^22 logits has only 32 rows for it.
 
 One gradient (N, C) is kept for backward. GPT-2, N = 2048 labelled tokens: 2048 * 768 * 2 bytes = 3.1 MB in 16 bit.
 """
@@ -45,7 +46,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits += bias
             padding = y == IGNORE
             y = y.clamp(min=0)
-            # By hand and in place: torch.logsumexp would make one more copy of the logits, 16.8 MB, and exp would run twice.
+            # By hand and in place: torch.logsumexp would make one more copy of the logits, and exp would run twice.
             top = logits.amax(-1, keepdim=True)
             label = logits.gather(1, y)
             sums = logits.sub_(top).exp_().sum(-1, keepdim=True)
@@ -60,7 +61,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     dw += g.t() @ x
                 if need_b:
                     db += grad.sum(0)
-            logits = grad = g = None  # free these 25.2 MB before the next chunk's tensors are made
+            logits = grad = g = None  # free this memory before the next chunk's tensors are made
         ctx.grads = dh, dw, db
         ctx.dtypes = h.dtype, weight.dtype, bias.dtype if bias is not None else None
         return total
@@ -71,28 +72,30 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *[g if g is None else g.mul_(scale).to(t) for g, t in zip(grads, ctx.dtypes)], None, None
 
 
-def sum_loss(hidden, head, labels, chunk: int | None = None):
+def sum_loss(hidden, head, labels, chunk: int | None = None, labelled=None):
     """The sum of the losses of the labelled tokens. Divide it by their number *in the whole optimizer step*.
 
     hidden: (B, T, C), the output of the model's `hidden`. head: the output projection (`.weight` (V, C), `.bias` or
     None). labels: (B, T), the token that each position must predict, or -100. chunk: positions at a time (default: as
-    many as have 2^22 logits, see device.py). Returns a float32 scalar. Under autocast the matrix products run in
-    autocast's type; the softmax always runs in float32.
+    many as have Device.logits_chunk logits). labelled: the N positions in labels.view(-1) that have a label (default: they
+    are searched, and the host waits for a GPU that searches). Returns a float32 scalar. Under autocast the matrix products
+    run in autocast's type; the softmax always runs in float32.
     """
     with record_function("loss"):  # a name for the ledger (memory.py) and for profilers
-        return gathered_loss(hidden, head, labels.reshape(-1), chunk)
+        return gathered_loss(hidden, head, labels.reshape(-1), chunk, labelled)
 
 
 def token_loss(model, batch, hidden):
     """sum_loss of a micro-batch. It is the training step's loss, unless a program gives its own (run/hooks.py)."""
-    return sum_loss(hidden, model.head, batch.targets)
+    return sum_loss(hidden, model.head, batch.targets, labelled=batch.labelled)
 
 
-def gathered_loss(hidden, head, labels, chunk):
+def gathered_loss(hidden, head, labels, chunk, labelled):
     weight, bias, device = head.weight, head.bias, hidden.device.type
-    labelled = (labels != IGNORE).nonzero().squeeze(1)  # (N,)
+    if labelled is None:
+        labelled = (labels != IGNORE).nonzero().squeeze(1)  # (N,)
     rest = -len(labelled) % 16  # matrix units work in tiles of 16 rows; and fewer shapes occur (see data.collate)
-    h = F.pad(hidden.flatten(0, -2)[labelled], (0, 0, 0, rest))  # (N, C)
+    h = F.pad(hidden.flatten(0, -2).index_select(0, labelled), (0, 0, 0, rest))  # (N, C)
     y = F.pad(labels[labelled], (0, rest), value=IGNORE)
     h = h.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device)
              else torch.promote_types(h.dtype, weight.dtype))

@@ -33,11 +33,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from techniques.device import Device, device_of
-from techniques.optim import dynamic_code
+from techniques.optim import dynamic_code, tables
 
 BLOCK = 64  # weights that share an absmax
 NESTED = 256  # absmax values that share a scale
-CHUNK = 2**20  # weights at a time: the temporaries take some 10 MB, however large the layer is
+CHUNK = 2**20  # weights that are quantised at a time: the temporaries take some 10 MB, however large the layer is
 
 DYNAMIC = dynamic_code(signed=True)  # the 8-bit code of optim.py's states, used here for the absmax values
 # arXiv:2305.14314, appendix E
@@ -105,8 +105,8 @@ def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor
         return device.nf4_kernel(packed, absmax, NF4, out)
     codes, flat = packed.view(-1), out.view(-1)
     table, index, pairs = nf4_rooms(device, packed.device)
-    for i in range(0, len(codes), CHUNK // 2)[:device.pieces]:
-        n = min(CHUNK // 2, len(codes) - i)
+    for i in range(0, len(codes), len(index))[:device.pieces]:
+        n = min(len(index), len(codes) - i)
         index[:n] = codes[i:i + n]
         # One look-up copies 8 bytes: the levels of two weights. In 16 rows, because gather gives whole rows to a thread.
         torch.gather(table.expand(16, -1), 1, index[:n].view(16, -1), out=pairs[:n].view(16, -1))
@@ -117,7 +117,7 @@ def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor
 
 
 def nf4_rooms(device: Device, where) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The memory that every call of dequantize_nf4 uses again, 8.4 MB in all:
+    """The memory that every call of dequantize_nf4 uses again, 8 bytes for each weight of a chunk (on a CPU 8.4 MB):
 
     a table (256,) from a byte to its two levels (4 + 4 bytes, handled as one int64); a chunk's indices; a chunk's levels.
     """
@@ -128,8 +128,9 @@ def nf4_rooms(device: Device, where) -> tuple[torch.Tensor, torch.Tensor, torch.
     def empty(n):
         return torch.empty(n, dtype=torch.int64, device=where)
 
-    return (device.room(("nf4 table",), 256, pairs_of_levels), device.room(("nf4 index", CHUNK), CHUNK // 2, empty),
-            device.room(("nf4 pairs", CHUNK), CHUNK // 2, empty))
+    n = device.nf4_chunk // 2  # a byte holds two weights
+    return (device.room(("nf4 table",), 256, pairs_of_levels), device.room(("nf4 index", n), n, empty),
+            device.room(("nf4 pairs", n), n, empty))
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -255,9 +256,12 @@ class NF4Linear(LowBitLinear):
         """The absmax of every block, (out * in / 64,) float32."""
         if self.nested_absmax is None:
             return self.absmax
-        x = DYNAMIC.to(self.absmax.device).index_select(0, self.absmax.int())
-        x = F.pad(x, (0, -len(x) % NESTED)).view(-1, NESTED).mul_(self.nested_absmax[:, None])
-        return x.view(-1)[:len(self.absmax)].add_(self.offset)
+        code, _ = tables(True, self.absmax.device)  # DYNAMIC, copied to the GPU once
+        x = code.index_select(0, self.absmax.int())
+        if rest := -len(x) % NESTED:
+            x = F.pad(x, (0, rest))
+        x.view(-1, NESTED).mul_(self.nested_absmax[:, None])
+        return x[:len(self.absmax)].add_(self.offset)
 
     def dequantize_into(self, out):
         return dequantize_nf4(self.weight, self.absmax32(), out)
@@ -323,9 +327,9 @@ def from_checkpoint(linear: nn.Module, weight: torch.Tensor, parts: dict) -> Low
     for name, value in wanted.items():
         if state.get(name) != value:
             raise ValueError(f"its quant_state has {name} {state.get(name)!s:.99}, this model needs {value}")
-    tables = {"quant_map": NF4, "nested_quant_map": DYNAMIC}
-    for name in tables.keys() & parts.keys():
-        if not torch.equal(parts[name], tables[name]):
+    codes = {"quant_map": NF4, "nested_quant_map": DYNAMIC}
+    for name in codes.keys() & parts.keys():
+        if not torch.equal(parts[name], codes[name]):
             raise ValueError(f"its {name} is another code than NF4's levels or the 8-bit dynamic code")
     double = "nested_absmax" in parts
     wanted = {"absmax": ((n // BLOCK,), torch.uint8 if double else torch.float32)}

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 from files import weights  # noqa: E402
 from ledger import ask  # noqa: E402
-from techniques.device import Device, device_of, pretend  # noqa: E402
+from techniques.device import CPU, Device, device_of, pretend  # noqa: E402
 
 NANO = ROOT / "assets" / "gpt2-nano"
 GPT2 = {"model_type": "gpt2", "vocab_size": 4096, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4,
@@ -121,7 +121,7 @@ def pytest_addoption(parser):
 def one_machine(request):
     """The tests take the same path on every machine, however fast its CPU multiplies in 16 bit. on_device changes it."""
     products = getattr(torch, request.config.getoption("--products"))
-    with pretend("cpu", Device("cpu", products=products, why="a test", float32_backward=True, optimizer_chunk=2**17)):
+    with pretend("cpu", Device("cpu", products=products, why="a test", **CPU)):
         yield
 
 

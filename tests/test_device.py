@@ -65,7 +65,8 @@ def test_this_machine_is_measured_once(monkeypatch):
 def test_a_gpu_that_is_not_here_has_the_usual_answers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(device, "DEVICES", {})
-    assert device_of("cuda") == device_of("cuda:0") == Device("cuda") and Device("cuda").products == BF16
+    usual = Device("cuda", nf4_kernel=device.hollow_nf4)
+    assert device_of("cuda") == device_of("cuda:0") == usual and usual.products == BF16
 
 
 @pytest.mark.parametrize("answers", [{"half": F32}, {"half": BF16, "products": F16}, {"products": torch.float64}])
@@ -218,16 +219,21 @@ def test_a_run_that_continues_on_another_machine_says_so(go, on_device, tmp_path
             raise KeyboardInterrupt
         return step(*args)
 
-    for now, says in ((F32, True), (BF16, False)):
+    def half(products):
+        return F16 if products == F16 else BF16
+
+    for n, (before, now) in enumerate([(BF16, F32), (BF16, BF16), (BF16, F16), (F16, BF16)]):  # only float16 has a scaler
         calls.clear()
-        on_device(products=BF16)
+        on_device(products=before, half=half(before))
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
             m.setattr(train, "train_step", stop)
-            go(str(now), amp=True, save_every=2)
-        on_device(products=now, why="another CPU")
-        train.main(train.TrainConfig(out=str(Path(tmp_path) / str(now)), resume=True))
+            go(f"run{n}", amp=True, save_every=2)
+        on_device(products=now, half=half(now), why="another CPU")
+        train.main(train.TrainConfig(out=str(Path(tmp_path) / f"run{n}"), resume=True))
         said = capsys.readouterr().out
-        assert ("its products ran in bfloat16 until here, now run in float32 (another CPU)" in said) == says
+        change = f"ran in {device.type_name(before)} until here, now run in {device.type_name(now)} (another CPU)"
+        assert (f"its products {change}" in said) == (before != now)
+        assert (tmp_path / f"run{n}" / "summary.json").is_file()
 
 
 def test_full_with_an_offloaded_optimizer_holds_float32(go, on_device, tmp_path):

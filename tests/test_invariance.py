@@ -217,7 +217,7 @@ def test_another_optimizer_stays_near_adamw(other):
 def test_a_drift_below_the_maximum_is_noticed(case, monkeypatch):
     """5e-6 too much at every step: every step is below MAX, and the mean is above MEAN."""
     exact = loss.sum_loss
-    monkeypatch.setattr(loss, "sum_loss", lambda *args: exact(*args) * (1 + 5e-6))
+    monkeypatch.setattr(loss, "sum_loss", lambda *args, **more: exact(*args, **more) * (1 + 5e-6))
     wanted, got = case.trajectory(), case.run()
     assert 0 < differences(got, wanted, "loss").abs().max() < MAX
     with pytest.raises(AssertionError, match="drifts one way"):

@@ -165,7 +165,7 @@ def test_parity_notices_another_gelu(tmp_path, monkeypatch):
 
 
 def test_parity_notices_interleaved_rope(tmp_path, monkeypatch):
-    def interleaved(x, cos, sin):  # Meta's original pairing
+    def interleaved(x, cos, sin, way):  # Meta's original pairing
         a, b, cos, sin = x[..., ::2], x[..., 1::2], cos.chunk(2, -1)[1], sin.chunk(2, -1)[1]
         return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 

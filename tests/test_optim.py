@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -245,6 +246,33 @@ def test_offload_in_float32_is_adamw():
         assert optimizer.master(model.weight).grad is None
     for p, q in zip(model.parameters(), twin.parameters()):
         assert torch.equal(p, q) and torch.equal(optimizer.master(p), q) and p is not optimizer.master(p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_through_two_buffers(dtype, monkeypatch):
+    """As on CUDA. A gradient is awaited only after the copy of the next one has begun, the last one when backward ends."""
+    class Copied:
+        def __init__(self):
+            log.append("copy")
+
+        def synchronize(self):
+            log.append("wait")
+
+    log, stream = [], types.SimpleNamespace(record_event=Copied)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    grads = []
+    for staged in (False, True):
+        torch.manual_seed(0)
+        model, optimizer = offloaded(dtype)
+        if staged:
+            optimizer.staging = [torch.empty(64 * 16, dtype=dtype) for _ in range(2)]
+        for x in (torch.randn(4, 64, dtype=dtype), torch.randn(4, 64, dtype=dtype)):  # two micro-batches
+            model(x).square().mean().backward()
+            assert optimizer.arriving is None and all(p.grad is None for p in model.parameters())
+        grads.append([optimizer.master(p).grad for p in model.parameters()])
+    assert log == 2 * ["copy", "copy", "wait", "wait"]
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -163,7 +163,7 @@ def test_figures_of_the_docstring():
 
 
 @BITS
-def test_chunks_do_not_matter(bits, monkeypatch):
+def test_chunks_do_not_matter(bits, monkeypatch, on_device):
     w = rand(40, 192)
     like = nn.Linear(192, 40, bias=False)
     whole = quant.quantize(like, w, bits)
@@ -172,10 +172,11 @@ def test_chunks_do_not_matter(bits, monkeypatch):
         layer = quant.quantize(like, w, bits)
         assert_same_state(state(layer), state(whole))
         for d in DTYPES:
-            got = layer.dequantize(d)
-            monkeypatch.setattr(quant, "CHUNK", 2**20)
-            assert torch.equal(got, whole.dequantize(d))
-            monkeypatch.setattr(quant, "CHUNK", chunk)
+            found = []
+            for n in (chunk, 2**20):
+                on_device(nf4_chunk=n)
+                found.append(layer.dequantize(d))
+            assert torch.equal(*found) and torch.equal(found[0], whole.dequantize(d))
 
 
 # ---------------------------------------------------------------------------------------------- the layer
@@ -244,11 +245,10 @@ def test_float16_neither_overflows_nor_vanishes_where_the_dequantised_product_do
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @BITS
-def test_nothing_dequantised_is_kept(bits, dtype, monkeypatch, on_device):
+def test_nothing_dequantised_is_kept(bits, dtype, on_device):
     """Six layers of 131 kB (bfloat16) in a row. Between forward and backward only the last output is live, and the memory
     of one dequantised layer, which all six use. Autograd would keep six dequantised weights."""
-    monkeypatch.setattr(quant, "CHUNK", 4096)  # a bound on the temporaries of any layer
-    device = on_device()
+    device = on_device(nf4_chunk=4096)  # a bound on the temporaries of any layer
     chain = nn.Sequential(*[make_layer("Linear", bits, False, i, 256, 256)[2] for i in range(6)])
     one, n_x = 256 * 256 * dtype.itemsize, 4 * 256 * dtype.itemsize
     x = rand(4, 256).to(dtype).requires_grad_()

@@ -19,8 +19,6 @@ import llama
 import lora
 from errors import UserError
 from files import hub, peft_files, weights
-from techniques import device
-from techniques.device import device_of
 
 
 def params(model):
@@ -465,16 +463,3 @@ def test_from_scratch_is_its_seed(family, tmp_path):
             assert abs(p.std() / (0.02 / (6 ** 0.5 if residual else 1)) - 1) < 0.1, n
         else:
             assert torch.equal(p, torch.full_like(p, float(n.endswith("weight")))), n
-
-
-def test_bfloat16_only_where_it_is_native(monkeypatch):
-    """nanoGPT#277: a GPU of 2018 says that it supports bfloat16, which it only emulates."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(device, "measure", lambda device, dtypes: dict.fromkeys(dtypes, 100.0))
-    monkeypatch.setattr(device, "DEVICES", {})
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert device_of("cuda").half == device_of("cuda:1").half == torch.float16
-    monkeypatch.setattr(device, "DEVICES", {})
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert device_of("cuda").half == device_of("cpu").half == torch.bfloat16
