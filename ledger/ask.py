@@ -123,7 +123,8 @@ def largest_steps(cfg: TrainConfig, full_length: bool = False, read: Callable | 
         plan = prepare.plan_steps(train_set, cfg)
         steps = watch.candidates(0, cfg.steps or cfg.epochs * plan.steps_per_epoch)
         return examples_of(plan, steps), f"the largest step of {cfg.data}", cfg
-    rows.sources(cfg.data)
+    for source in rows.sources(cfg.data):
+        rows.Rows(source.path)  # UserError, if the file is not there
     why = "" if full_length else f" ({cfg.model}'s tokenizer is not on this machine to measure the data)"
     steps = [[[(cfg.max_length, cfg.max_length)] * cfg.batch_size] * min(cfg.grad_accum, 2)]
     return steps, f"steps of {cfg.batch_size} x {cfg.grad_accum} examples of {cfg.max_length} tokens, all learned{why}", cfg

@@ -748,7 +748,7 @@ def test_a_card_claims_no_loss_that_was_not_measured(go, tmp_path):
     cfg = TrainConfig(**config["options"], resume=True)
     model, tokenizer = prepare.load_model(cfg), data.load_tokenizer(cfg.model)
     state.Run(cfg, tmp_path / "run", model, prepare.make_optimizer(model, cfg), prepare.make_scaler(cfg), tokenizer,
-              "").export("adapter")
+              "", train.Hooks()).export("adapter")
     text = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "Step 3 of 5" in text and "after this step" not in text
 
