@@ -327,9 +327,6 @@ def main(argv=None):
         print(text, end="")
         return say(encode([(text, False)]))
 
-    hello = [{"role": "user", "content": "hello"}]
-    if a.system and encode([*system, *hello]) == encode(hello):
-        raise UserError("--system: the model's chat template leaves system messages out; write it into the prompt")
     if a.prompts is not None:
         answer_file(model, tokenizer, encode, rows, prompts, Path(a.out), a.batch_size or 8, options)
     elif a.prompt is not None:

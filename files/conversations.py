@@ -81,7 +81,7 @@ class Reader:
                 self.unused[f"column {show(name.removesuffix('='))}"] += 1
         if kind == "text":
             return Conversation(pieces=[(text(where, row, "text"), True)])
-        if kind == "completion" and isinstance(row["prompt"], str):
+        if kind == "completion" and not isinstance(row["prompt"], list):
             for name in more:
                 if row.get(name):
                     raise UserError(f"{where}: a prompt that is text goes without a template, so {name!r} has no place; "

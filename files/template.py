@@ -142,11 +142,11 @@ def check_nothing_is_left_out(messages: list[dict], tools: list | None, text: st
         as_json = json.dumps(content, ensure_ascii=False)[1:-1]
         if m["role"] in ("system", "tool") and content not in text and as_json not in text:
             raise UserError(f"the chat template leaves out the {m['role']} message {reason(content)[:60]!r}; choose another "
-                            f"with --template")
+                            f"template (train.py --template)")
         for call in m.get("tool_calls", ()):
             if call["function"]["name"] not in text:
                 raise UserError(f"the chat template leaves out the call of {call['function']['name']!r}: it knows no tools; "
-                                f"choose another with --template")
+                                f"choose another template (train.py --template)")
     for tool in tools or ():
         if tool_name(tool) not in text:
             raise UserError(f"the chat template leaves out the tool {tool_name(tool)!r}: it knows no tools; choose another "

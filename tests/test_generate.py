@@ -319,7 +319,7 @@ def test_the_command_keeps_the_conversation(folders, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     generate.main(["--model", str(folders["gpt2"]), "--max-new-tokens", "2", "--temperature", "0", "--system", "Be kind."])
     roles = [[m["role"] for m in row] for row in asked]
-    assert roles == [["system", "user"], ["user"], ["system", "user"], ["system", "user", "assistant", "user"]]
+    assert roles == [["system", "user"], ["system", "user", "assistant", "user"]]
     said = capsys.readouterr().out.split("\n")[0]
     assert asked[-1][2]["content"] == said and asked[-1][1]["content"] == "one"
 
@@ -328,7 +328,7 @@ def test_a_template_without_system_messages(folders, tmp_path):
     folder = make_folder(tmp_path / "deaf", "gpt2")
     (folder / "chat_template.jinja").write_text("{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}"
                                                 "{% endfor %}")
-    with pytest.raises(UserError, match="--system: the model's chat template leaves system messages out"):
+    with pytest.raises(UserError, match="the chat template leaves out the system message 'Be kind.'"):
         generate.main(["--model", str(folder), "--prompt", "hi", "--system", "Be kind."])
 
 
@@ -403,7 +403,7 @@ def test_nothing_is_left_of_a_file_that_is_not_finished(folders, tmp_path, monke
     ([{"messages": [{"role": "user", "content": "a"}]}], "--raw", "in.jsonl:1: --raw needs a row with a prompt"),
     ([{"prompt": "a", "completion": "b"}], "--system S", "in.jsonl:1: --system needs a chat template"),
     ([{"prompt": "a"}, {"prompt": "word " * 200}], "", r"in.jsonl:2: the prompt has 2\d\d tokens, the model 128 positions"),
-    ([], "", "in.jsonl: the file is empty")])
+    ([], "", "in.jsonl: no rows in it")])
 def test_a_bad_row_has_its_line_named(rows, words, says, folders, tmp_path):
     with pytest.raises(UserError, match=says) as e:
         generate.main(["--model", str(folders["gpt2"]), "--prompts", write_rows(tmp_path / "in.jsonl", rows),

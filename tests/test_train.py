@@ -799,6 +799,7 @@ def test_the_summary(finished, shared):
         "params": {"total", "trainable", "percent"},
         "memory": {"predicted_peak", "predicted_by_category", "measured_peak", "reserved", "rss_peak", "by_category"},
         "loss": {"first", "last", "val_before", "val_after", "val_best", "perplexity", "others"},
+        "data": {"rows", "examples", "labels", "rows_dropped", "rows_cut", "labels_cut"},
         "tokens_per_s": None, "examples_per_s": None, "wall_s": None, "eval_s": None, "steps": None, "next": None,
         "arithmetic": {"weights", "products", "why"}}
     got, evals, loss_ = steps(out), evaluations(out), summary["loss"]
