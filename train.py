@@ -39,6 +39,7 @@ from run.evaluate import evaluate_run, is_due, why_not_finite
 from run.hooks import Hooks
 from run.interrupt import Interrupt, Interrupted
 from run.options import TrainConfig, parse, resolve, resolve_for
+from run.plan import Plan
 from run.watch import PeakWatch
 from techniques.compilation import compile_blocks
 from techniques.device import autocast
@@ -86,7 +87,7 @@ def train_step(model, optimizer, scaler, batches: list[data.Batch], cfg: TrainCo
     return loss_sum, grad_norm
 
 
-def train(run: state.Run, plan: data.Plan, val_sets: dict, params: dict, predictor: ask.Predictor | None) -> dict:
+def train(run: state.Run, plan: Plan, val_sets: dict, params: dict, predictor: ask.Predictor | None) -> dict:
     """The loop around the step, from the run's step to its last; returns what summary.json holds."""
     cfg, model, seen, hooks = run.cfg, run.model, run.seen, run.hooks
     started = time.perf_counter() - seen["wall_s"]

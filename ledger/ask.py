@@ -100,7 +100,7 @@ def examples_of(plan, steps: range) -> list:
     """What can make the peak of `steps`: a list of steps, each a list of micro-batches, each a list of examples, each a pair
     (length, labelled tokens).
 
-    Of a step, the micro-batches that can make the peak (data.Plan.largest) are enough, and the first one: only after it are
+    Of a step, the micro-batches that can make the peak (run/plan.py) are enough, and the first one: only after it are
     there gradients.
     """
     lengths, labels = plan.data.lengths, plan.data.labels

@@ -1,6 +1,7 @@
 """What surrounds the training loop of train.py.
 
     options        every option, and what is refused
+    plan           which examples each step takes
     prepare        data, model and optimizer before the first step
     watch          which steps are measured: the peak of a run
     evaluate       the held-out loss

@@ -10,6 +10,7 @@ import lora
 from errors import UserError
 from files import conversations, fingerprint, peft_files, rows, weights
 from run.options import TrainConfig
+from run.plan import Plan
 from techniques.device import compute_dtype, device_of
 from techniques.optim import OPTIMIZERS, AdamW
 
@@ -84,11 +85,11 @@ def of_files(spec: str):
     return hashes if len(hashes) > 1 else hashes[0]
 
 
-def plan_steps(train_set: data.Dataset, cfg: TrainConfig) -> data.Plan:
-    return data.Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack)
+def plan_steps(train_set: data.Dataset, cfg: TrainConfig) -> Plan:
+    return Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack)
 
 
-def resolve_steps(cfg: TrainConfig, plan: data.Plan):
+def resolve_steps(cfg: TrainConfig, plan: Plan):
     """Fill in the options that depend on the number of examples. Raises UserError."""
     cfg.steps = cfg.steps or cfg.epochs * plan.steps_per_epoch
     cfg.warmup_steps = cfg.steps // 20 if cfg.warmup_steps is None else cfg.warmup_steps

@@ -2,17 +2,17 @@
 
 The ledger (memory.py) makes a step slower, so it does not follow every step. It leaves out the first step, before which
 AdamW has no state. Memory grows with a micro-batch's positions and with its labels. So a step is followed unless, for each
-of its micro-batches, a followed one had at least as many positions and at least as many labels (data.Front). One of the
-followed steps has the peak of the run. The bundled run has 336 steps and follows 11 of them. (data.Plan.largest finds the
+of its micro-batches, a followed one had at least as many positions and at least as many labels (Front in plan.py). One of
+the followed steps has the peak of the run. The bundled run has 336 steps and follows 11 of them. (Plan.largest finds the
 largest ones beforehand, for the prediction.)
 """
 import contextlib
 
 import torch
 
-import data
 import memory
 from run.options import TrainConfig
+from run.plan import Front, Plan
 from techniques.device import device_of
 
 
@@ -25,11 +25,11 @@ class PeakWatch:
     """`with watch.step(n): train_step(...)` for each step. The largest peak so far, in bytes, is in `seen`: "peak",
     "by_category" and "reserved". `seen` is the run's and is saved with it, so the peak is that of all its steps."""
 
-    def __init__(self, model, optimizer, plan: data.Plan, cfg: TrainConfig, done: int, seen: dict):
+    def __init__(self, model, optimizer, plan: Plan, cfg: TrainConfig, done: int, seen: dict):
         self.model, self.optimizer, self.plan, self.device, self.seen = model, optimizer, plan, cfg.device, seen
         self.candidates = range(0) if cfg.compile else candidates(done, cfg.steps)  # a compiled step cannot be followed
         self.first_timed = candidates(done, cfg.steps).start
-        self.front = data.Front()  # the sizes of the micro-batches followed so far
+        self.front = Front()  # the sizes of the micro-batches followed so far
         self.cuda = torch.device(cfg.device).type == "cuda"
 
     def is_larger(self, step: int) -> bool:

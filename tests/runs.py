@@ -8,6 +8,7 @@ import torch
 import data
 import train
 from files import token_cache
+from run.plan import Plan
 from techniques.loss import IGNORE
 
 
@@ -57,5 +58,5 @@ def dataset_of(examples: list[data.Example]) -> data.Dataset:
 
 def steps_of(lengths: list[int], batch_size: int, grad_accum: int, seed: int, epoch: int) -> list[list[list[int]]]:
     """The steps of one epoch, as lists of micro-batches of example numbers."""
-    plan = data.Plan(dataset_of([data.Example([0] * n, [0] * n) for n in lengths]), batch_size, grad_accum, seed)
+    plan = Plan(dataset_of([data.Example([0] * n, [0] * n) for n in lengths]), batch_size, grad_accum, seed)
     return [plan.numbers(epoch * plan.steps_per_epoch + i) for i in range(plan.steps_per_epoch)]

@@ -22,6 +22,7 @@ from errors import UserError
 from files import hub
 from files import template as template_
 from files.rows import read_rows
+from run import plan as plans
 from techniques.loss import IGNORE
 
 EOS = "<|endoftext|>"
@@ -376,8 +377,9 @@ def test_template_and_end_token_lie_beside_the_adapter(tmp_path, gpt2_folder, mo
     assert (adapter / "chat_template.jinja").read_text() == mine.read_text()
     assert json.loads((adapter / "generation_config.json").read_text()) == {"eos_token_id": [4095]}
     asked = []
-    real = generate.stream
-    monkeypatch.setattr(generate, "stream", lambda model, ids, *a, **k: asked.append(list(ids)) or real(model, ids, *a, **k))
+    real = generate.reply
+    monkeypatch.setattr(generate, "reply", lambda model, tok, ids, *a, **k: asked.append(list(ids)) or real(
+        model, tok, ids, *a, **k))
     generate.main(["--model", str(gpt2_folder), "--adapter", str(adapter), "--prompt", "Say the number 1 please ",
                    "--max-new-tokens", "2", "--device", "cpu"])
     tok = data.load_tokenizer(str(gpt2_folder))
@@ -656,7 +658,7 @@ def test_the_largest_micro_batches(how, pack):
     """A micro-batch is left out exactly if another one, at least as large in every respect, is there."""
     # The longest examples have the fewest labels, so that no micro-batch is the largest in every respect.
     examples = [data.Example([0] * n, [IGNORE] * (n - k) + [0] * k) for n in lengths_of(150) for k in [min(n, 200 - n)]]
-    plan = data.Plan(dataset_of(examples), *how, seed=0, pack=pack)
+    plan = plans.Plan(dataset_of(examples), *how, seed=0, pack=pack)
     steps = range(1, 2 * plan.steps_per_epoch)
     sizes = {(step, i): size for step in steps for i, size in enumerate(plan.sizes(step))}
     chosen = {sizes[step, i] for step, numbers in plan.largest(steps).items() for i in numbers}
@@ -668,12 +670,12 @@ def test_the_largest_micro_batches(how, pack):
 def test_the_largest_micro_batches_of_a_long_run(monkeypatch):
     """No run is planned to its end before it starts: 20 million steps took minutes."""
     examples = [data.Example([0] * n, [0] * n) for n in lengths_of(60)]
-    plan = data.Plan(dataset_of(examples), 2, 1, seed=0)
-    monkeypatch.setattr(data, "PLANNED", 500)
+    plan = plans.Plan(dataset_of(examples), 2, 1, seed=0)
+    monkeypatch.setattr(plans, "PLANNED", 500)
     start = time.process_time()
     assert plan.largest(range(1, 10**9)) == plan.largest(range(1, 501)) != plan.largest(range(1, 91))
     assert time.process_time() - start < 5
-    monkeypatch.setattr(data, "PLANNED", 5)  # three epochs, which is the default, are always planned to their end
+    monkeypatch.setattr(plans, "PLANNED", 5)  # three epochs, which is the default, are always planned to their end
     assert plan.largest(range(1, 10**9)) == plan.largest(range(1, 91)) != plan.largest(range(1, 6))
 
 

@@ -126,7 +126,8 @@ def test_grouped_keys_reach_only_a_kernel_that_reads_them(dtype, flash, grouped,
     take the plain formula and store the T x T matrices: SmolLM2 in float16, 8 x 512 tokens, 4.69 GB instead of 2.16."""
     calls = []
     monkeypatch.setattr(attention, "scaled_dot_product_attention",
-                        lambda q, k, v, is_causal, enable_gqa: calls.append((q.shape, k.shape, v.shape, enable_gqa)) or q)
+                        lambda q, k, v, mask=None, *, is_causal, enable_gqa:
+                        calls.append((q.shape, k.shape, v.shape, enable_gqa)) or q)
     with FakeTensorMode(), torch.no_grad(), pretend("cuda", Device("cuda", flash=flash)):
         q, k, v = (torch.empty(1, heads, 16, 8, dtype=dtype, device="cuda") for heads in (6, 2, 2))
         attention.attend(q, k, v, segments)

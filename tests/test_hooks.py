@@ -17,6 +17,7 @@ from errors import UserError
 from files import weights
 from files.rows import read_rows
 from files.template import ALPACA
+from run.plan import Plan
 from techniques.loss import token_loss
 
 spec = importlib.util.spec_from_file_location("dpo", ROOT / "docs" / "dpo.py")
@@ -100,7 +101,7 @@ def test_the_documented_example_runs(shared, tmp_path, monkeypatch):
     _, _, train_set, val_sets = train.prepare.read_data(train.TrainConfig(**{**run, "out": None}))
     model = weights.load(str(shared / "llama"))
     assert got[0]["val_loss"] == pytest.approx(mean_of_means(model, val_sets["held-out"]), rel=1e-5)
-    first = [e for m in data.Plan(train_set, 8, 1, 0).micro_batches(0) for e in m]
+    first = [e for m in Plan(train_set, 8, 1, 0).micro_batches(0) for e in m]
     assert steps(tmp_path / "run")[0]["loss"] == pytest.approx(mean_of_means(model, first), rel=1e-5)
 
 

@@ -36,6 +36,7 @@ from files.template import ALPACA
 from run import prepare, record, state
 from run.evaluate import evaluate, is_due, spread
 from run.options import resolve_bits
+from run.plan import Plan, covers
 from techniques import loss
 from techniques.optim import AdamW
 from train import TrainConfig
@@ -133,14 +134,14 @@ def test_an_example_without_a_label_changes_nothing(go, shared, monkeypatch, tmp
     make_data(tmp_path / "seven.jsonl", 7)
     seven = dict(data=tmp_path / "seven.jsonl", steps=2, lr=1e-3)
     wanted = gradients(monkeypatch, lambda: go(name="without", batch_size=7, **seven))
-    micro_batches = data.Plan.micro_batches
+    micro_batches = Plan.micro_batches
 
     def with_masked(plan, step):
         examples = [e for m in micro_batches(plan, step) for e in m]
         examples.insert(3, data.Example([5, 6, 7, 8], [loss.IGNORE] * 4))
         return [examples[i:i + plan.how[0]] for i in range(0, 8, plan.how[0])]
 
-    monkeypatch.setattr(data.Plan, "micro_batches", with_masked)
+    monkeypatch.setattr(Plan, "micro_batches", with_masked)
     for b, ga in ((8, 1), (2, 4), (1, 8)):
         name = f"masked-{b}x{ga}"
         assert_same_gradients(gradients(monkeypatch, lambda b=b, ga=ga, name=name:
@@ -815,10 +816,10 @@ def test_the_summary(finished, shared):
     assert m["by_category"]["adapters"] == 4 * params["trainable"]
     assert m["by_category"]["optimizer"] >= 8 * params["trainable"]
     assert params["percent"] == pytest.approx(100 * params["trainable"] / params["total"])
-    plan = data.Plan(dataset(shared, family), cfg.batch_size, cfg.grad_accum, cfg.seed)
+    plan = Plan(dataset(shared, family), cfg.batch_size, cfg.grad_accum, cfg.seed)
     before, late = [], []  # sizes of earlier steps; the steps that the ledger does not follow, because they are no larger
     for i in range(1, 9):  # the first step is not followed: it warms up
-        if all(any(data.covers(b, a) for b in before) for a in plan.sizes(i)):
+        if all(any(covers(b, a) for b in before) for a in plan.sizes(i)):
             late.append(got[i])
         before += plan.sizes(i)
     assert 0 < len(late) < 7
