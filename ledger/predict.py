@@ -24,6 +24,7 @@ compared with a GPU.)
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from unittest import mock
 
@@ -162,3 +163,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # at once: taking all modules apart takes 0.5 s, for which the run would wait

@@ -98,6 +98,9 @@ class Plan:
         for group in (i == 0, i > 0):
             group &= (step >= steps.start) & (step < steps.stop)
             mine = group.nonzero()[:, 0]
+            if len(mine):  # most are smaller than the longest one and the one with the most labels: these need no sorting
+                p, n = positions[mine], labels[mine]
+                mine = mine[(n >= n[p == p.max()].max()) & (p >= p[n == n.max()].max())]
             mine = mine[step[mine].argsort()]  # of equal ones, the first is taken
             mine = mine[(positions[mine] * (int(labels.max()) + 1) + labels[mine]).argsort(descending=True, stable=True)]
             best = torch.cat([torch.tensor([-1]), labels[mine].cummax(0).values[:-1]]) if len(mine) else mine
