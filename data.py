@@ -110,7 +110,8 @@ def encode(row: Conversation, template: str, tokenizer: Tokenizer) -> tuple[list
 def encode_rows(some: Iterable, tokenizer: Tokenizer, template: str, columns: dict | None = None,
                 skip_bad: bool = False) -> token_cache.Piece:
     """(where, row) pairs, as rows.Rows yields them -> their tokens. Raises UserError for a bad row, unless skip_bad."""
-    reader, ids, made = conversations.Reader(columns), array("i"), token_cache.Piece(None, [], [], [], None, 0, [])
+    reader, made = conversations.Reader(columns), token_cache.Piece(None, [], [], [], None, 0, [])
+    ids, is_learned = array("i"), array("b")
     for where, raw in some:
         try:
             row = reader.read(where, rows.parse(where, raw))
@@ -122,11 +123,14 @@ def encode_rows(some: Iterable, tokenizer: Tokenizer, template: str, columns: di
             made.bad += 1
             made.reasons += [error] * (made.bad <= 3)
             continue
-        ids.extend(i if learn else ~i for i, learn in zip(tokens, learned))
+        ids.extend(tokens)
+        is_learned.extend(learned)
         made.lengths.append(len(tokens))
         made.labels.append(sum(learned[1:]))
         made.windows.append(len(row.pieces) == 1)
-    made.ids, made.unused = torch.tensor(ids, dtype=torch.int32), reader.unused
+    ids = torch.frombuffer(ids, dtype=torch.int32) if ids else torch.zeros(0, dtype=torch.int32)
+    learned = torch.frombuffer(is_learned, dtype=torch.bool) if is_learned else torch.zeros(0, dtype=torch.bool)
+    made.ids, made.unused = torch.where(learned, ids, ~ids), reader.names_of_unused()
     return made
 
 

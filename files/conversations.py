@@ -62,7 +62,7 @@ def parse_columns(spec: str | None) -> dict[str, str]:
 
 
 class Reader:
-    """`read(where, row)` -> Conversation. It counts in `unused` the columns and keys that it has not used."""
+    """`read(where, row)` -> Conversation. It counts the columns and keys that it has not used."""
 
     def __init__(self, columns: dict[str, str] | None = None):
         self.columns, self.unused = columns or {}, Counter()
@@ -78,7 +78,7 @@ class Reader:
         needed, more = COLUMNS[kind]
         for name, value in row.items():
             if name not in needed and name not in more and value not in (None, "", [], {}):
-                self.unused[f"column {show(name.removesuffix('='))}"] += 1
+                self.unused["column {}", name.removesuffix("=")] += 1
         if kind == "text":
             return Conversation(pieces=[(text(where, row, "text"), True)])
         if kind == "completion" and not isinstance(row["prompt"], list):
@@ -106,6 +106,9 @@ class Reader:
                 raise UserError(f"{where}: two system texts: the column 'system', and the first message")
             messages.insert(0, {"role": "system", "content": text(where, row, "system")})
         return Conversation(messages, tools_of(where, row.get("tools")) if "tools" in more else None)
+
+    def names_of_unused(self) -> Counter:
+        return Counter({form.format(show(name)): n for (form, name), n in self.unused.items()})
 
     def messages(self, where: str, row: dict, column: str) -> list[dict]:
         turns = row[column]
@@ -135,7 +138,7 @@ class Reader:
             message |= {key: turn[key] for key in PASSED if turn.get(key) is not None}
             for key, value in turn.items():
                 if key not in KEYS and key not in PASSED and value not in (None, "", [], {}):
-                    self.unused[f"key {show(key)} of a message"] += 1
+                    self.unused["key {} of a message", key] += 1
             messages.append(message)
         return messages
 

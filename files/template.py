@@ -138,9 +138,8 @@ def check_nothing_is_left_out(messages: list[dict], tools: list | None, text: st
     A template that does not know tools writes nothing for them, and says nothing of it.
     """
     for m in messages:
-        content = (m["content"] or "").strip()
-        as_json = json.dumps(content, ensure_ascii=False)[1:-1]
-        if m["role"] in ("system", "tool") and content not in text and as_json not in text:
+        if m["role"] in ("system", "tool") and (content := (m["content"] or "").strip()) not in text and \
+                json.dumps(content, ensure_ascii=False)[1:-1] not in text:
             raise UserError(f"the chat template leaves out the {m['role']} message {reason(content)[:60]!r}; choose another "
                             f"template (train.py --template)")
         for call in m.get("tool_calls", ()):

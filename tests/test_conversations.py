@@ -183,10 +183,10 @@ def test_what_is_not_used_is_counted():
     assert reader.read("f:1", row).messages == [{"role": "user", "content": "a", "input": ""},
                                                 {"role": "assistant", "content": "b"}]
     reader.read("f:2", {**row, "id": 0})
-    assert reader.unused == {"column 'category'": 2, "column 'system'": 2, "column 'id'": 1}
+    assert reader.names_of_unused() == {"column 'category'": 2, "column 'system'": 2, "column 'id'": 1}
     reader = Reader()
     reader.read("f:1", {"messages": [{**TALK[0], "date": "now"}, {**TALK[1], "date": "now", "name": "Bob"}], "input": "x"})
-    assert reader.unused == {"key 'date' of a message": 2, "column 'input'": 1}
+    assert reader.names_of_unused() == {"key 'date' of a message": 2, "column 'input'": 1}
 
 
 @pytest.mark.parametrize("spec", ["instruction", "answer=response", "instruction=a,instruction=b", "=a", ",", "text=a,"])

@@ -104,7 +104,8 @@ def test_every_bench_named_exists():
     assert set(re.findall(r"python -m bench (\w+)", README)) <= set(BENCHES)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/README.md", "docs/own-loss.md", "docs/measurements.md", "LOG.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/README.md", "docs/own-loss.md", "docs/data.md",
+                                  "docs/measurements.md", "LOG.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
