@@ -19,7 +19,8 @@ def write(folder: Path, run, val_loss: float | None):
     kind = "Every weight was trained" if cfg.full else (
         f"A LoRA adapter of rank {cfg.lora_r} and alpha {cfg.lora_alpha:g} on {targets.replace(',', ', ')}, "
         f"over weights in {cfg.bits} bit" + ("; it continues another adapter" if cfg.adapter else ""))
-    lines = [f"{kind}.", f"Data: `{printable(Path(cfg.data).name)}`.", f"Step {run.step} of {cfg.steps}, each of "
+    files = ", ".join(f"`{printable(Path(part).name)}`" for part in cfg.data.split(","))
+    lines = [f"{kind}.", f"Data: {files}.", f"Step {run.step} of {cfg.steps}, each of "
              f"{cfg.batch_size * cfg.grad_accum} examples; highest learning rate {cfg.lr:g}."]
     if val_loss is not None:
         lines.append(f"Held-out loss, in nats for each labelled token: {seen['val_before']:.4f} before training, "
