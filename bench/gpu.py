@@ -27,6 +27,7 @@ Weights and tokens are random: bytes and times do not depend on them.
 """
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gc
 import json
@@ -176,24 +177,20 @@ def off(predicted: float, measured: float) -> float:
 # ------------------------------------------------------------------------------------------------------ card
 
 def card(b: Bench):
-    yield {"what": "versions"}, lambda: {"torch": torch.__version__, "CUDA": torch.version.cuda,
-                                         "cuDNN": torch.backends.cudnn.version() if b.cuda else None}
     yield {"what": "GPU"}, lambda: about_gpu(b)
-    yield {"what": "techniques/device.py"}, lambda: answers(b)
+    yield {"what": "techniques/device.py"}, lambda: {
+        **ask.machine(b.device), "rms_norm_kernel": device_of(b.device).rms_norm_kernel, "why": device_of(b.device).why}
 
 
 def about_gpu(b: Bench) -> dict:
     b.need_gpu()
-    its = torch.cuda.get_device_properties(b.device)
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.split()[:1]
+    its, driver = torch.cuda.get_device_properties(b.device), None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # a container may lack nvidia-smi
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.partition("\n")[0]
     return {"name": its.name, "capability": f"{its.major}.{its.minor}", "memory": its.total_memory,
-            "processors": its.multi_processor_count, "driver": "".join(driver)}
-
-
-def answers(b: Bench) -> dict:
-    device = device_of(b.device)
-    return {**ask.machine(b.device), "rms_norm_kernel": device.rms_norm_kernel, "why": device.why}
+            "processors": its.multi_processor_count, "driver": driver, "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version()}
 
 
 # ------------------------------------------------------------------------------------------------------ attention
@@ -223,7 +220,7 @@ def attention_kernels(b: Bench):
 def attention_kernel(b: Bench, dtype: torch.dtype, heads: str, layout: str) -> dict:
     """Forward and backward of 8 heads. padded: no mask, as for padding on the right. mask: generation, forward only; no
     claim is made about it."""
-    T, rows = 1024 if b.cuda else 64, 1 if layout == "packed" else 2
+    T, rows = 2048 if b.cuda else 64, 1 if layout == "packed" else 2
     q, k, v = (torch.randn(rows, h, T, 64, device=b.device, dtype=dtype, requires_grad=layout != "mask")
                for h in (8, *([8 if heads == "plain" else 2] * 2)))
     mask = torch.ones(T, T, dtype=torch.bool, device=b.device).tril().expand(rows, 1, T, T) if layout == "mask" else None
@@ -312,14 +309,15 @@ def compared(a: list[torch.Tensor], b: list[torch.Tensor], must_be_equal: bool) 
 
 def memory_peaks(b: Bench):
     with ask.Predictor() as predictor:
-        for model in (SMALL, "gpt2"):
-            for options in b.combinations:
+        for model, combinations in ((SMALL, b.combinations), ("gpt2", b.combinations[::3])):
+            for options in combinations:
                 yield {"model": model, "options": options}, lambda m=model, o=options: peaks(Job(b, m, o), predictor)
 
 
 def peaks(job: Job, predictor: ask.Predictor) -> dict:
     """The peak of a job's second and third step: the prediction's process computes it meanwhile."""
-    predictor.ask(job.cfg, [[[(len(e.ids), e.n_labels) for e in m] for m in job.micro_batches]] * 2)
+    two = job.micro_batches[:2]  # the others are alike, and gradients exist after the first one
+    predictor.ask(job.cfg, [[[(len(e.ids), e.n_labels) for e in m] for m in two]] * 2)
     try:
         measured = measured_peaks(job)
     finally:
@@ -337,7 +335,9 @@ def measured_peaks(job: Job) -> dict:
     """In bytes. before: what earlier cases have left allocated on the GPU: cuBLAS's workspaces, and nothing else."""
     device, cuda = job.cfg.device, torch.device(job.cfg.device).type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
-    job.load().step()  # AdamW's state exists from now on
+    job.load()
+    while not job.optimizer.state:  # AdamW's state exists after its first step, and float16's scaler may skip some
+        job.step()
     if cuda:  # as run/watch.py does
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -415,11 +415,17 @@ def busy(b: Bench, job: Job) -> dict:
     wall = statistics.median(job.timed_steps(3))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         seconds(job.step, b.device)
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    return {"wall ms": 1e3 * wall, **busy_times(profile.events(), wall)}
+
+
+def busy_times(events: list, wall: float) -> dict:
+    """From a profile's events: those on the GPU, without the names that programs give to parts of a step."""
+    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+               and e.name != "Context Sync"]
     us, by_name = covered([(e.time_range.start, e.time_range.end) for e in kernels]), collections.Counter()
     for e in kernels:
         by_name[e.name[:60]] += e.time_range.end - e.time_range.start
-    return {"wall ms": 1e3 * wall, "busy ms": us / 1e3, "busy %": us / wall / 1e4, "kernels": len(kernels),
+    return {"busy ms": us / 1e3, "busy %": us / wall / 1e4, "kernels": len(kernels),
             "longest, ms": {name: round(n / 1e3, 2) for name, n in by_name.most_common(5)}}
 
 
@@ -448,7 +454,7 @@ def places_that_warn(work) -> dict[str, int]:
     places = collections.Counter()
 
     def note(message, category, filename, lineno, file=None, line=None):
-        if "synchroniz" not in str(message):
+        if "called a synchronizing" not in str(message):
             return
         frame = sys._getframe()
         while frame and (frame.f_code is note.__code__ or not is_ours(frame.f_code.co_filename)):
@@ -468,14 +474,17 @@ def is_ours(filename: str) -> bool:
 
 # ------------------------------------------------------------------------------------------------------ t4, compile
 
+T4 = (("gpt2-nano", "--amp --lora-targets all"), (SMALL, "--amp"), (SMALL, "--amp --bits 4 --ckpt-every 1"),
+      (SMALL, "--full --amp --optimizer offload_adamw"))
+
+
 def like_a_t4(b: Bench):
     """A T4 has float16 and no FlashAttention. Its workspace and its speed are not imitated."""
     if b.cuda:
         torch.backends.cuda.enable_flash_sdp(False)  # (of this stage's process)
     device = dataclasses.replace(device_of(b.device), half=torch.float16, products=torch.float16, flash=False, rooms={})
     with pretend(b.device, device), ask.Predictor() as predictor:
-        for model, options in (("gpt2-nano", "--amp --lora-targets all"), (SMALL, "--amp"),
-                               (SMALL, "--amp --bits 4 --ckpt-every 1"), (SMALL, "--full --amp --optimizer offload_adamw")):
+        for model, options in T4:
             yield {"model": model, "options": options}, lambda m=model, o=options: trained_like_a_t4(b, m, o, predictor)
 
 
@@ -488,7 +497,7 @@ def trained_like_a_t4(b: Bench, model: str, options: str, predictor: ask.Predict
 
 
 def compiled(b: Bench):
-    for options in ("--amp", "--amp --bits 4", "--amp --ckpt-every 1"):
+    for options in ("--amp", "--amp --bits 4 --ckpt-every 1"):
         yield {"model": SMALL, "options": f"{options} --compile"}, lambda o=options: compiled_and_not(b, o)
 
 
@@ -512,8 +521,8 @@ def compiled_and_not(b: Bench, options: str) -> dict:
 
 STAGES = {  # name: (its cases, its budget in seconds)
     "card": (card, 20), "attention": (attention_kernels, 20), "nf4": (nf4, 25), "optimizers": (optimizers, 30),
-    "memory": (memory_peaks, 130), "parity": (parity, 60), "speed": (speed, 100), "t4": (like_a_t4, 30),
-    "compile": (compiled, 60)}
+    "memory": (memory_peaks, 120), "parity": (parity, 60), "speed": (speed, 100), "t4": (like_a_t4, 30),
+    "compile": (compiled, 75)}
 
 
 def one_line(e: BaseException) -> str:
@@ -524,6 +533,7 @@ def run_stage(b: Bench, name: str):
     """Run the cases of a stage one by one, and record each result. For use in a fork."""
     try:
         b.device = usable_device(b.device)
+        device_of(b.device)  # it switches cuDNN's attention off, as in every run
         for about, measure in STAGES[name][0](b):
             start = time.perf_counter()
             try:
@@ -545,7 +555,7 @@ def in_fork(b: Bench, name: str, budget: float):
     try:
         child.join(budget)
         if child.is_alive():
-            b.record(name, {"error": f"killed after {budget:.0f} s, its time budget: the cases not listed did not run"})
+            b.record(name, {"error": f"killed after {budget} s, its time budget: the cases not listed did not run"})
         elif child.exitcode:
             b.record(name, {"error": f"its process ended with exit code {child.exitcode} (-N: killed by signal N)"})
     finally:
@@ -555,7 +565,8 @@ def in_fork(b: Bench, name: str, budget: float):
 
 def begin_fork(b: Bench, name: str):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: only the parent says what was kept
-    run_stage(b, name)
+    with contextlib.suppress(OSError):  # a full disk: the parent will meet it too
+        run_stage(b, name)
 
 
 def main(argv: list[str], about: dict, combinations: tuple) -> bool:
@@ -566,39 +577,50 @@ def main(argv: list[str], about: dict, combinations: tuple) -> bool:
     p.add_argument("--seconds", type=float, default=480, metavar="N", help="for all stages (default: %(default)s)")
     p.add_argument("--out", default=str(ROOT / "docs" / "bench"), metavar="DIR")
     a = p.parse_args(argv)
-    names = [name for name in a.stages.split(",") if name]
+    names, path = a.stages.split(","), Path(a.out) / "gpu.jsonl"
     if unknown := [name for name in names if name not in STAGES]:
-        raise UserError(f"--stages {unknown[0]}: only {', '.join(STAGES)}")
-    path = Path(a.out) / "gpu.jsonl"
+        raise UserError(f"--stages {unknown[0]!r}: only {', '.join(STAGES)}")
+    if not a.seconds > 0:  # (nan is not)
+        raise UserError(f"--seconds {a.seconds}: must be above 0")
     if path.exists():
         raise UserError(f"{path} holds the results of an earlier bench: move it away, or choose another --out")
-    with multiprocessing.get_context("fork").Pool(1) as pool:  # this process must not touch CUDA
-        try:
-            pool.apply_async(usable_device, [a.device]).get(60)
-        except multiprocessing.TimeoutError:
-            raise UserError(f"--device {a.device}: it did not answer within 60 seconds") from None
-    start = time.perf_counter()
+    check_device(a.device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+        with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+            run_stages(Bench(a.device, Path(folder), path, combinations), names, a.seconds)
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        command = shlex.join(["python", "-m", "bench", "gpu", *argv])
+        weights.write_text(path.with_suffix(".md"), markdown(lines, command, about))
     except OSError as e:
         raise UserError(f"--out {a.out} could not be written ({e.strerror})") from None
-    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
-        b = Bench(a.device, Path(folder), path, combinations)
-        for name in names:
-            budget, left = STAGES[name][1], a.seconds - (time.perf_counter() - start)
-            if budget > left:
-                b.record(name, {"skipped": f"it may take {budget} s, and {max(0, left):.0f} of {a.seconds:.0f} s are left"})
-            else:
-                in_fork(b, name, budget)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    command = shlex.join(["python", "-m", "bench", "gpu", *argv])
-    weights.write_text(path.with_suffix(".md"), markdown(lines, command, about))
-    failed = [x for x in lines if "error" in x or x.get("ok") is False]
-    print(f"{len(lines)} results, {len(failed)} failed: {path.with_suffix('.md')}")
-    if failed:
-        raise UserError(f"{len(failed)} of {len(lines)} cases failed: see \"error\" and \"ok\" in {path}")
+    except KeyboardInterrupt:
+        print(f"interrupted; the results until now are in {path}")
+        raise
+    print(f"{len(lines)} results in {path}, as a table in {path.with_suffix('.md')}", flush=True)
+    if failed := [x for x in lines if "error" in x or x.get("ok") is False]:
+        raise UserError(f"{len(failed)} of {len(lines)} results are errors, or claims that do not hold (\"ok\": false)")
     return True
+
+
+def check_device(name: str):
+    """Raises UserError if a process cannot use the device. This process must not try it."""
+    with multiprocessing.get_context("fork").Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            pool.apply_async(usable_device, [name]).get(60)
+        except multiprocessing.TimeoutError:
+            raise UserError(f"--device {name}: it did not answer within 60 seconds") from None
+
+
+def run_stages(b: Bench, names: list[str], all_seconds: float):
+    start = time.perf_counter()
+    for name in names:
+        budget, left = STAGES[name][1], all_seconds - (time.perf_counter() - start)
+        if budget > left:
+            b.record(name, {"skipped": f"its budget is {budget} s, and {max(0, left):.0f} of {all_seconds:.0f} s are left"})
+        else:
+            in_fork(b, name, budget)
 
 
 # ------------------------------------------------------------------------------------------------------ the table
