@@ -32,6 +32,7 @@ import dataclasses
 import gc
 import json
 import multiprocessing
+import re
 import shlex
 import signal
 import statistics
@@ -62,6 +63,7 @@ SMALL, BIG = "smollm2-135m", "llama-3.2-1b"  # shapes: grouped heads and a tied 
 TINY = {"gpt2": {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4},
         "llama": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                   "num_attention_heads": 4, "num_key_value_heads": 2}}
+COPIED = 2**30  # bytes of the copy that measures the memory's speed: more than any cache holds
 WITHIN = 5  # per cent: how far a prediction may be from what is measured
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 3e-3}  # of a loss, relative: CPU against GPU
 PEAK = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "T4": 65}  # 16 bit, dense; TFLOP/s
@@ -169,6 +171,11 @@ def seconds(work, device: str, n: int = 1) -> float:
     return (time.perf_counter() - start) / n
 
 
+def warm_seconds(work, device: str, n: int) -> float:
+    seconds(work, device, n)
+    return seconds(work, device, n)
+
+
 def off(predicted: float, measured: float) -> float:
     """By how many per cent the prediction is too high."""
     return 100 * (predicted / measured - 1)
@@ -201,6 +208,10 @@ class Kernels(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.names = []
+
+    @classmethod
+    def _should_skip_dynamo(cls):  # (see memory.py)
+        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.partition(".")[0]
@@ -262,10 +273,9 @@ def nf4_speed(b: Bench, layer) -> dict:
     b.need_gpu()
     absmax, n = layer.absmax32(), layer.n_weights
     out = torch.empty(layer.out_features, layer.in_features, dtype=torch.bfloat16, device=b.device)
-    a = torch.empty(2**30, dtype=torch.uint8, device=b.device)
-    to = torch.empty_like(a)
-    works = [lambda: quant.dequantize_nf4(layer.weight, absmax, out), lambda: to.copy_(a), layer.absmax32]
-    kernel, copy, scales = [(seconds(w, b.device, 5), seconds(w, b.device, 50))[1] for w in works]
+    a, to = (torch.empty(COPIED, dtype=torch.uint8, device=b.device) for _ in range(2))
+    kernel = warm_seconds(lambda: quant.dequantize_nf4(layer.weight, absmax, out), b.device, 50)
+    copy, scales = warm_seconds(lambda: to.copy_(a), b.device, 50), warm_seconds(layer.absmax32, b.device, 50)
     speed, limit = (0.5 + 4 / 64 + 2) * n / kernel / 1e9, 2 * a.nbytes / copy / 1e9
     return {"kernel us": kernel * 1e6, "GB/s": speed, "copy GB/s": limit, "share %": 100 * speed / limit,
             "absmax32 us": scales * 1e6}
@@ -311,15 +321,15 @@ def memory_peaks(b: Bench):
     with ask.Predictor() as predictor:
         for model, combinations in ((SMALL, b.combinations), ("gpt2", b.combinations[::3])):
             for options in combinations:
-                yield {"model": model, "options": options}, lambda m=model, o=options: peaks(Job(b, m, o), predictor)
+                yield {"model": model, "options": options}, lambda m=model, o=options: peaks(b, Job(b, m, o), predictor)
 
 
-def peaks(job: Job, predictor: ask.Predictor) -> dict:
+def peaks(b: Bench, job: Job, predictor: ask.Predictor) -> dict:
     """The peak of a job's second and third step: the prediction's process computes it meanwhile."""
     two = job.micro_batches[:2]  # the others are alike, and gradients exist after the first one
     predictor.ask(job.cfg, [[[(len(e.ids), e.n_labels) for e in m] for m in two]] * 2)
     try:
-        measured = measured_peaks(job)
+        measured = measured_peaks(b, job)
     finally:
         predicted = predictor.answer()  # after an error too, or the next case would get this answer
     if "error" in predicted:
@@ -331,19 +341,19 @@ def peaks(job: Job, predictor: ask.Predictor) -> dict:
     return {**result, "ok": all(abs(result.get(key, 0)) <= WITHIN for key in ("off %", "reserved off %"))}
 
 
-def measured_peaks(job: Job) -> dict:
+def measured_peaks(b: Bench, job: Job) -> dict:
     """In bytes. before: what earlier cases have left allocated on the GPU: cuBLAS's workspaces, and nothing else."""
-    device, cuda = job.cfg.device, torch.device(job.cfg.device).type == "cuda"
-    before = torch.cuda.memory_allocated(device) if cuda else 0
+    before = torch.cuda.memory_allocated(b.device) if b.cuda else 0
     job.load()
     while not job.optimizer.state:  # AdamW's state exists after its first step, and float16's scaler may skip some
         job.step()
-    if cuda:  # as run/watch.py does
+    if b.cuda:  # as run/watch.py does
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    with memory.Ledger(job.model, job.optimizer, device_of(device).rooms.values(), "cuda" if cuda else None) as ledger:
+        torch.cuda.reset_peak_memory_stats(b.device)
+    rooms = device_of(b.device).rooms.values()
+    with memory.Ledger(job.model, job.optimizer, rooms, "cuda" if b.cuda else None) as ledger:
         losses = [job.step(), job.step()]
-    allocated, reserved = memory.cuda_peak(device) or (ledger.peak, None)
+    allocated, reserved = memory.cuda_peak(b.device) or (ledger.peak, None)
     return {"allocated": allocated, "reserved": reserved, "live": ledger.peak, "before": before, "loss": losses[-1]}
 
 
@@ -402,11 +412,15 @@ def throughput(b: Bench, job: Job) -> dict:
     flops = 4 * (count["total"] - count["trainable"]) * tokens / s
     n, dtype = 8192 if b.cuda else 256, compute_dtype(b.device, True)
     x, y = (torch.randn(n, n, device=b.device).to(dtype) for _ in range(2))
-    limit = 2 * n**3 / [seconds(lambda: x @ y, b.device, 20) for _ in range(2)][1]
-    name = torch.cuda.get_device_name(b.device) if b.cuda else ""
-    peak = next((p * 1e12 for key, p in PEAK.items() if key in name), None)
+    limit = 2 * n**3 / warm_seconds(lambda: x @ y, b.device, 20)
+    peak = peak_of(torch.cuda.get_device_name(b.device)) if b.cuda else None
     return {"step s": s, "tokens/s": tokens / s, "TFLOP/s": flops / 1e12, "of a large product %": 100 * flops / limit,
             "large product TFLOP/s": limit / 1e12, "MFU %": peak and 100 * flops / peak}
+
+
+def peak_of(name: str) -> float | None:
+    """FLOP/s of a GPU by its name. None: not known."""
+    return next((1e12 * peak for key, peak in PEAK.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def busy(b: Bench, job: Job) -> dict:
@@ -490,7 +504,7 @@ def like_a_t4(b: Bench):
 
 def trained_like_a_t4(b: Bench, model: str, options: str, predictor: ask.Predictor) -> dict:
     job = Job(b, model, options)
-    result = peaks(job, predictor)
+    result = peaks(b, job, predictor)
     losses = [job.step() for _ in range(9)]
     falls = losses[-1] < result["loss"]
     return {**result, "last loss": losses[-1], "scale": job.scaler.get_scale(), "ok": falls and result.get("ok", False)}

@@ -2,6 +2,7 @@
 
 No line of it has run on a GPU.
 """
+import contextlib
 import json
 import os
 import time
@@ -18,7 +19,7 @@ import train
 from bench import gpu
 from errors import UserError
 from ledger import ask
-from techniques import optim
+from techniques import optim, quant
 
 ABOUT = {"date": "today", "machine": "a test", "versions": {"torch": "2"}, "commit": None}
 CUDA = torch.autograd.DeviceType.CUDA
@@ -96,16 +97,16 @@ def test_a_prediction_holds_within_5_per_cent(predicted, reserved, ok, b, monkey
     monkeypatch.setattr(memory, "cuda_peak", lambda device: (10**6, 2 * 10**6))
     predictor = Predictor()
     predictor.peak, predictor.reserved = predicted * 10**6, reserved * 2 * 10**6
-    assert gpu.peaks(gpu.Job(b, "gpt2", "--amp"), predictor)["ok"] is ok
+    assert gpu.peaks(b, gpu.Job(b, "gpt2", "--amp"), predictor)["ok"] is ok
 
 
 def test_a_failed_case_takes_its_answer_from_the_prediction(b, monkeypatch):
     """Else every later case would be compared with the prediction of the one before."""
     answers = []
-    monkeypatch.setattr(gpu, "measured_peaks", lambda job: 1 / 0)
+    monkeypatch.setattr(gpu, "measured_peaks", lambda b, job: 1 / 0)
     monkeypatch.setattr(Predictor, "answer", lambda self: answers.append(1) or {"error": "none"})
     with pytest.raises(ZeroDivisionError):
-        gpu.peaks(gpu.Job(b, "gpt2", ""), Predictor())
+        gpu.peaks(b, gpu.Job(b, "gpt2", ""), Predictor())
     assert answers == [1]
 
 
@@ -153,6 +154,71 @@ def test_the_formula_of_mfu(b, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- a GPU's answers
+
+@pytest.fixture
+def as_a_gpu(monkeypatch):
+    """as_a_gpu(): from now on the CPU counts as a GPU, so that the lines run that only a GPU needs -> what was done."""
+    def enter():
+        done = []
+        for name, answer in {"empty_cache": None, "reset_peak_memory_stats": None, "memory_allocated": 100,
+                             "max_memory_allocated": 300, "get_device_name": "Tesla T4"}.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *device, name=name, answer=answer: done.append(name) or answer)
+        monkeypatch.setattr(gpu.Bench, "cuda", True)
+        monkeypatch.setattr(gpu, "COPIED", 2**20)
+        return done
+    return enter
+
+
+def test_the_peaks_are_those_of_the_second_and_third_step(b, as_a_gpu, monkeypatch):
+    job, step = gpu.Job(b, "gpt2", "--amp"), gpu.Job.step
+    done = as_a_gpu()
+    monkeypatch.setattr(memory, "cuda_peak", lambda device: (7, 8))
+    monkeypatch.setattr(gpu.Job, "step", lambda job: done.append("step") or step(job))
+    found = gpu.measured_peaks(b, job)
+    assert done == ["memory_allocated", "step", "empty_cache", "reset_peak_memory_stats", "step", "step"]
+    assert (found["allocated"], found["reserved"], found["before"]) == (7, 8, 100)
+
+
+def test_a_scaler_that_skips_the_first_steps(b, monkeypatch):
+    """Without AdamW's state the measured peak would be too small."""
+    job, step, taken = gpu.Job(b, "gpt2", "--amp"), gpu.Job.step, []
+    monkeypatch.setattr(gpu.Job, "step", lambda job: taken.append(1) or (step(job) if len(taken) > 3 else 9.0))
+    gpu.measured_peaks(b, job)
+    assert len(taken) == 3 + 1 + 2
+
+
+def test_attentions_bytes(b, as_a_gpu, monkeypatch):
+    as_a_gpu()
+    found = gpu.attention_kernel(b, torch.float32, "grouped", "packed")
+    assert found["extra bytes"] == 200 and found["bytes of T x T"] == 8 * 2048**2 * 4 and found["ok"]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
+    assert not gpu.attention_kernel(b, torch.float32, "grouped", "packed")["ok"]
+
+
+def test_the_bytes_of_the_nf4_kernel(b, as_a_gpu, monkeypatch):
+    layer = quant.quantize(torch.nn.Linear(128, 64, bias=False), torch.randn(64, 128), 4)
+    as_a_gpu()
+    monkeypatch.setattr(gpu, "warm_seconds", lambda work, device, n: work() is None or 1e-3)
+    found = gpu.nf4_speed(b, layer)
+    assert found["GB/s"] == pytest.approx(64 * 128 * 2.5625 / 1e-3 / 1e9) and found["kernel us"] == pytest.approx(1000)
+    assert found["share %"] == pytest.approx(100 * 64 * 128 * 2.5625 / (2 * 2**20))
+    assert gpu.nf4_bits(b, layer)["ok"] is False  # a GPU on which Triton does not run
+
+
+def test_the_peak_of_a_gpu():
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "Tesla T4", "NVIDIA L40", "NVIDIA T400")
+    assert [gpu.peak_of(name) for name in names] == [989e12, 756e12, 312e12, 65e12, None, None]
+
+
+def test_wall_and_busy(b, as_a_gpu, monkeypatch):
+    job = gpu.Job(b, "gpt2", "--amp").load()
+    as_a_gpu()
+    profile = types.SimpleNamespace(events=lambda: [event("a", 0, 5)])
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profile))
+    monkeypatch.setattr(gpu.Job, "timed_steps", lambda job, n: [10e-6] * n)
+    found = gpu.busy(b, job)
+    assert (found["wall ms"], found["busy %"]) == (pytest.approx(0.01), pytest.approx(50))
+
 
 def event(name, start, end, device=CUDA, user=False):
     return types.SimpleNamespace(name=name, device_type=device, is_user_annotation=user,
