@@ -373,7 +373,8 @@ def main(argv: list[str] | None = None) -> bool:
     argv, extra = argv[:cut], argv[cut + 1:]
     p = argparse.ArgumentParser(
         prog="python -m bench", usage="python -m bench NAME [options] [-- OPTIONS OF TRAIN.PY]",
-        description="The README's tables and pictures.",
+        description="The README's tables and pictures. Two more have options of their own: python -m bench faults --help, "
+                    "python -m bench gpu --help.",
         epilog="Finished runs are kept in DIR/NAME-MODEL.json. With --resume, they are used again if the row, model, data, "
                "steps, repetitions, device and train.py options are the same (the commit may be another); failed rows are "
                "tried again. Without --resume, a finished file is replaced, and an unfinished file is an error.")
