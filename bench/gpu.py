@@ -534,8 +534,8 @@ def compiled_and_not(b: Bench, options: str) -> dict:
 # ------------------------------------------------------------------------------------------------------ the stages
 
 STAGES = {  # name: (its cases, its budget in seconds)
-    "card": (card, 20), "attention": (attention_kernels, 20), "nf4": (nf4, 25), "optimizers": (optimizers, 30),
-    "memory": (memory_peaks, 120), "parity": (parity, 60), "speed": (speed, 100), "t4": (like_a_t4, 30),
+    "card": (card, 30), "attention": (attention_kernels, 20), "nf4": (nf4, 25), "optimizers": (optimizers, 30),
+    "memory": (memory_peaks, 110), "parity": (parity, 50), "speed": (speed, 110), "t4": (like_a_t4, 30),
     "compile": (compiled, 75)}
 
 

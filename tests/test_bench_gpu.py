@@ -19,6 +19,7 @@ import train
 from bench import gpu
 from errors import UserError
 from ledger import ask
+from run import options
 from techniques import optim, quant
 
 ABOUT = {"date": "today", "machine": "a test", "versions": {"torch": "2"}, "commit": None}
@@ -116,8 +117,8 @@ def test_a_wrong_paged_optimizer_is_noticed(b, monkeypatch):
     assert [x.get("ok") for x in lines(b.folder)] == [False, True, True, None]
 
 
-@pytest.mark.parametrize("model,options", [(gpu.SMALL, "--amp"), (gpu.SMALL, "--full --amp --optimizer offload_adamw")])
-def test_another_start_shows_in_the_losses(model, options, b, monkeypatch):
+@pytest.mark.parametrize("model,words", [(gpu.SMALL, "--amp"), (gpu.SMALL, "--full --amp --optimizer offload_adamw")])
+def test_another_start_shows_in_the_losses(model, words, b, monkeypatch):
     """What parity compares would not be equal without start_as, where two devices draw other random numbers."""
     rng = torch.Generator()
 
@@ -131,9 +132,20 @@ def test_another_start_shows_in_the_losses(model, options, b, monkeypatch):
 
     load = gpu.Job.load
     monkeypatch.setattr(gpu.Job, "load", lambda job: other_numbers(load(job)))
-    assert gpu.losses_on_both(b, model, options)["worst relative difference"] == 0
+    assert gpu.losses_on_both(b, model, words)["worst relative difference"] == 0
     monkeypatch.setattr(gpu.Job, "start_as", lambda *args: None)
-    assert gpu.losses_on_both(b, model, options)["worst relative difference"] > 0
+    assert gpu.losses_on_both(b, model, words)["worst relative difference"] > 0
+
+
+def test_compiled_code_that_computes_something_else(b, monkeypatch):
+    """(A stand-in compiles nothing, and then spoils the model.)"""
+    compiled = []
+    monkeypatch.setattr(options, "check_compiler", lambda device: None)
+    monkeypatch.setattr(gpu, "compile_blocks", compiled.append)
+    found = gpu.compiled_and_not(b, "--amp")
+    assert found["ok"] is True and found["worst relative difference"] == 0 and len(compiled) == 1
+    monkeypatch.setattr(gpu, "compile_blocks", lambda model: model.head.weight.data.mul_(9))
+    assert gpu.compiled_and_not(b, "--amp")["ok"] is False
 
 
 def test_attention_that_stores_the_matrix_is_noticed(b, monkeypatch):
