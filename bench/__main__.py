@@ -12,6 +12,7 @@
     scaling     peak and time of a step against sequence length, batch and layers, with fitted laws
     speed       the machine's matrix limit in the run's own shapes and types (matrix_limit.py), then the share of it that
                 training reaches, here and in transformers + PEFT. Compare machines by this share, not by tokens/s
+    gpu         all that is claimed about a GPU, tried on one in under 8 minutes, see gpu.py; its options are its own
     faults      no table of speeds: killed runs and damaged files, see faults.py; its options are its own
 
 A row is one command, `python train.py --model M OPTIONS --steps N --samples 0`. It is run --repeat times.
@@ -365,11 +366,15 @@ def main(argv: list[str] | None = None) -> bool:
     if argv[:1] == ["faults"]:
         from bench import faults
         return faults.main(argv[1:], machine_and_versions("faults", "cpu"))
+    if argv[:1] == ["gpu"]:
+        from bench import gpu
+        return gpu.main(argv[1:], machine_and_versions("gpu", "cpu"), PREDICT)
     cut = argv.index("--") if "--" in argv else len(argv)
     argv, extra = argv[:cut], argv[cut + 1:]
     p = argparse.ArgumentParser(
         prog="python -m bench", usage="python -m bench NAME [options] [-- OPTIONS OF TRAIN.PY]",
-        description="The README's tables and pictures.",
+        description="The README's tables and pictures. Two more have options of their own: python -m bench faults --help, "
+                    "python -m bench gpu --help.",
         epilog="Finished runs are kept in DIR/NAME-MODEL.json. With --resume, they are used again if the row, model, data, "
                "steps, repetitions, device and train.py options are the same (the commit may be another); failed rows are "
                "tried again. Without --resume, a finished file is replaced, and an unfinished file is an error.")

@@ -14,9 +14,10 @@ COMMANDS = {"train", "generate", "export"}
 # Floors, the lowest first. A file imports from its own floor and from those below.
 FLOORS = [{"errors", "terminal"}, {"techniques"}, {*MODELS, "lora", "memory"}, {"files"}, {"data"}, {"run"}, {"ledger"},
           COMMANDS, {"bench"}]
-# Few files import from a command: train.py takes generate.py's sampling, the prediction runs the training step, the fault
-# campaign whole commands.
-FROM_COMMANDS = {("train", "generate"), ("ledger.predict", "train"), ("bench.faults", "train"), ("bench.faults", "generate")}
+# Few files import from a command: train.py takes generate.py's sampling, the prediction and the bench of a GPU run the
+# training step, the fault campaign whole commands.
+FROM_COMMANDS = {("train", "generate"), ("ledger.predict", "train"), ("bench.gpu", "train"), ("bench.faults", "train"),
+                 ("bench.faults", "generate")}
 FOLDERS = {"techniques", "files", "run", "ledger", "bench"}
 CORE = ("train", "gpt2", "lora", "techniques.loss", "techniques.recompute", "techniques.attention")
 
