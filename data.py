@@ -110,7 +110,7 @@ def encode(row: Conversation, template: str, tokenizer: Tokenizer) -> tuple[list
 def encode_rows(some: Iterable, tokenizer: Tokenizer, template: str, columns: dict | None = None,
                 skip_bad: bool = False) -> token_cache.Piece:
     """(where, row) pairs, as rows.Rows yields them -> their tokens. Raises UserError for a bad row, unless skip_bad."""
-    reader, made = conversations.Reader(columns), token_cache.Piece(None, [], [], [], None, 0, [])
+    reader, made = conversations.Reader(columns), token_cache.Piece(b"", [], [], [], None, 0, [])
     ids, is_learned = array("i"), array("b")
     for where, raw in some:
         try:
@@ -128,9 +128,10 @@ def encode_rows(some: Iterable, tokenizer: Tokenizer, template: str, columns: di
         made.lengths.append(len(tokens))
         made.labels.append(sum(learned[1:]))
         made.windows.append(len(row.pieces) == 1)
-    ids = torch.frombuffer(ids, dtype=torch.int32) if ids else torch.zeros(0, dtype=torch.int32)
-    learned = torch.frombuffer(is_learned, dtype=torch.bool) if is_learned else torch.zeros(0, dtype=torch.bool)
-    made.ids, made.unused = torch.where(learned, ids, ~ids), reader.names_of_unused()
+    if ids:
+        ids, learned = torch.frombuffer(ids, dtype=torch.int32), torch.frombuffer(is_learned, dtype=torch.bool)
+        made.ids = torch.where(learned, ids, ~ids).numpy().tobytes()
+    made.unused = reader.names_of_unused()
     return made
 
 

@@ -50,7 +50,7 @@ def load_template(spec: str, tokenizer: Tokenizer) -> str:
     return read_text(Path(spec))
 
 
-SECONDS, MOST = 10, 10**6  # of CPU time for one conversation; characters that a template may add to it
+SECONDS, MOST = 5, 10**6  # of CPU time for one conversation; characters that a template may add to it
 
 
 class Sandbox(ImmutableSandboxedEnvironment):

@@ -1,9 +1,8 @@
 """Runs of train.main on tiny models, and readers for the files that they leave."""
 import json
+from array import array
 from collections import Counter
 from pathlib import Path
-
-import torch
 
 import data
 import train
@@ -51,7 +50,7 @@ def dataset_of(examples: list[data.Example]) -> data.Dataset:
     for e in examples:
         learned = [False, *(t != IGNORE for t in e.targets)]
         rows.append([i if learn else ~i for i, learn in zip([*e.ids, max(e.targets[-1], 0)], learned, strict=True)])
-    piece = token_cache.Piece(torch.tensor([i for r in rows for i in r], dtype=torch.int32), [len(r) for r in rows],
+    piece = token_cache.Piece(array("i", [i for r in rows for i in r]).tobytes(), [len(r) for r in rows],
                               [e.n_labels for e in examples], [False] * len(rows), Counter(), 0, [])
     return data.Dataset([data.Examples(token_cache.in_memory([piece]), 10**6).part()])
 
