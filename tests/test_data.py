@@ -23,6 +23,7 @@ from files import hub
 from files import template as template_
 from files.rows import read_rows
 from run import plan as plans
+from run import prepare
 from techniques.loss import IGNORE
 
 EOS = "<|endoftext|>"
@@ -740,6 +741,18 @@ def test_show_batch_trains_nothing(tmp_path, gpt2_folder, data_file, capsys):
     text = capsys.readouterr().out
     assert out == {} and not (tmp_path / "run").exists()
     assert text.count("--- example") == 3 and text.count("[[It is ") == 3 and text.count(EOS + "]]") == 3
+
+
+def test_show_batch_reads_only_the_first_rows(tmp_path, gpt2_folder, capsys):
+    path = make_data(tmp_path / "d.jsonl", prepare.LOOKED_AT)
+    for text in ("", "{broken\n"):  # what comes after the first thousand is not even parsed
+        path.write_text(path.read_text() + text)
+        train.main(train.TrainConfig(model=str(gpt2_folder), data=str(path), max_length=64, batch_size=1, device="cpu",
+                                     show_batch=True))
+        said = capsys.readouterr().out
+        assert "--show-batch looks at the first 1,000 rows" in said and said.count("--- example") == 1
+    with pytest.raises(UserError, match=r"d\.jsonl:1001: broken JSON"):
+        train.main(train.TrainConfig(model=str(gpt2_folder), data=str(path), max_length=64, device="cpu", dry_run=True))
 
 
 def test_the_bundled_data_reads(nano, alpaca):
