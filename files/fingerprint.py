@@ -18,17 +18,19 @@ from pathlib import Path
 
 from errors import UserError
 from files import hub, weights
+from files.json_files import is_there
 
 SAMPLE = 1024  # bytes of each tensor
 
 
 def of_file(path) -> str:
     """The SHA-256 of a file's content. Raises UserError if it cannot be read."""
+    is_there(Path(path))  # refuses a pipe and a device: they would keep the program waiting
     try:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
 
 
 def of_text(text: str) -> str:

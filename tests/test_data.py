@@ -539,12 +539,14 @@ def test_errors_name_file_and_line(tmp_path, nano, alpaca, name, content, messag
     assert "\n" not in str(e.value) and len(str(e.value)) < 1000
 
 
-def test_a_missing_file_a_folder_and_a_pipe(tmp_path):
+def test_a_missing_file_a_folder_and_a_pipe(tmp_path, nano):
     """A pipe that nobody writes into, or a device without an end, would be read for ever."""
     os.mkfifo(tmp_path / "pipe.jsonl")
     for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "pipe.jsonl", tmp_path / ("a" * 300), "/dev/zero"):
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}: (cannot be read|not a regular file)"):
             read_rows(path)
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))}: (cannot be read|not a regular file)"):
+            data.read_tokens(path, nano, "")  # the cache hashes the file first
 
 
 # ---------------------------------------------------------------------------------------------- split, plan, collate
