@@ -25,8 +25,8 @@ SAMPLE = 1024  # bytes of each tensor
 
 def of_file(path) -> str:
     """The SHA-256 of a file's content. Raises UserError if it cannot be read."""
-    is_there(Path(path))  # refuses a pipe and a device: they would keep the program waiting
     try:
+        is_there(Path(path))  # refuses a pipe and a device: they would keep the program waiting
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have
