@@ -19,6 +19,7 @@ import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -135,9 +136,9 @@ def encode_rows(some: Iterable, tokenizer: Tokenizer, template: str, columns: di
     return made
 
 
-def make_encoder(folder: Path, *arguments):
+def make_encoder(folder: Path, options: dict):
     """encode_rows for another process, which reads the tokenizer again."""
-    return functools.partial(encode_rows, tokenizer=Tokenizer(folder), **dict(arguments))
+    return functools.partial(encode_rows, tokenizer=Tokenizer(folder), **options)
 
 
 def read_tokens(path: Path, tokenizer: Tokenizer, template: str, columns: dict | None = None, skip_bad: bool = False,
@@ -146,7 +147,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer, template: str, columns: dict |
     options = {"template": template, "columns": columns or {}, "skip_bad": skip_bad}
     encoder = functools.partial(encode_rows, tokenizer=tokenizer, **options)
     name = token_cache.name_of(path, tokenizer.folder, options) if use_cache else ""
-    return token_cache.read_tokens(path, name, encoder, make_encoder, (tokenizer.folder, *options.items()), limit)
+    return token_cache.read_tokens(path, name, encoder, make_encoder, (tokenizer.folder, options), limit)
 
 
 # ---------------------------------------------------------------------------------------------- tokens -> examples
@@ -257,15 +258,16 @@ class Dataset:
     def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        signed = self.signed(i, int(self.lengths[i]) + 1)
+        start = int(self.starts[i])
+        signed = self.parts[self.files[i]].file.tokens.tokens[start:start + int(self.lengths[i]) + 1]
         ids = torch.where(signed < 0, ~signed, signed)
         return Example(ids[:-1].tolist(), torch.where(signed < 0, IGNORE, signed)[1:].tolist())
 
-    def signed(self, i: int, n: int | None = None) -> torch.Tensor:
-        """n tokens from where example i begins, ~id if a token is not learned. Without n: to the end of the row."""
-        f, start = self.parts[self.files[i]].file, int(self.starts[i])
-        end = f.tokens.starts[torch.searchsorted(f.tokens.starts, start, right=True)] if n is None else start + n
-        return f.tokens.tokens[start:int(end)]
+    def whole_row(self, i: int) -> torch.Tensor | None:
+        """The tokens of example i's row, also those behind the cut, ~id if one is not learned. None for plain text."""
+        tokens, start = self.parts[self.files[i]].file.tokens, self.starts[i]
+        end = int(torch.searchsorted(tokens.starts, start, right=True))  # of the rows that begin here, the last is not empty
+        return None if tokens.windows[end - 1] else tokens.tokens[start:tokens.starts[end]]
 
     def what_is_cut(self) -> str | None:
         """What --max-length costs, in a line, or None if no row is cut."""
@@ -301,41 +303,31 @@ def split(files: list[Examples], fraction: float, seed: int, by_window: list[boo
 
     by_window: whether a file is one text. Then its last windows are held out, so that no training window lies between them.
     """
-    train, held_out = [], []
+    train, held_out, n_all, n_out = [], [], 0, 0
     for f, is_text in zip(files, by_window):
         total = len(f.rows) if is_text else len(f.tokens)
         n = round(total * fraction)
-        if is_text:
-            mask = torch.arange(total) >= total - n
-            train.append(f.part(examples=~mask))
-            held_out.append(f.part(examples=mask))
-        else:
-            mask = held_out_rows(total, n, seed)
-            train.append(f.part(~mask))
-            held_out.append(f.part(mask))
-    counts = [sum(int(p.examples.sum() if is_text else p.rows.sum()) for p, is_text in zip(parts, by_window))
-              for parts in (train, held_out)]
-    if not all(counts):
+        out = torch.arange(total) >= total - n if is_text else held_out_rows(total, n, seed)
+        for parts, mask in ((train, ~out), (held_out, out)):
+            parts.append(f.part(examples=mask) if is_text else f.part(mask))
+        n_all, n_out = n_all + total, n_out + n
+    if not 0 < n_out < n_all:
         what = "windows" if all(by_window) else "rows"
-        raise UserError(f"--val-frac {fraction} of {sum(counts)} {what} leaves {counts[1]} to validate on and {counts[0]} "
-                        f"to train on; both need at least one (or give --val-data)")
+        raise UserError(f"--val-frac {fraction} of {n_all} {what} leaves {n_out} to validate on and {n_all - n_out} to "
+                        f"train on; both need at least one (or give --val-data)")
     return train, held_out
 
 
 def prompts(data: Dataset, n: int, tokenizer: Tokenizer) -> list[tuple[list[int], str]]:
     """At most n (ids of a prompt, the last reply of its row) pairs, spread evenly over the examples."""
-    pairs, step = [], max(1, len(data) // max(1, n))
-    for i in range(0, len(data) // step * step if n else 0, step):
-        if len(pairs) < n and (pair := prompt_of(data, i, tokenizer)):
-            pairs.append(pair)
-    return pairs
+    pairs = (prompt_of(data, i, tokenizer) for i in range(0, len(data), max(1, len(data) // max(1, n))))
+    return list(islice(filter(None, pairs), n))
 
 
 def prompt_of(data: Dataset, i: int, tokenizer: Tokenizer) -> tuple[list[int], str] | None:
     """The last learned tokens of example i's whole row, and what comes before them. None for plain text."""
-    if data.parts[data.files[i]].file.tokens.windows.any():
+    if (signed := data.whole_row(i)) is None:
         return None
-    signed = data.signed(i)
     last = int((signed >= 0).nonzero()[-1])
     first = next((j + 1 for j in range(last, -1, -1) if signed[j] < 0), 0)
     prompt, reply = signed[:first], signed[first:last + 1].tolist()

@@ -235,7 +235,8 @@ def rows_of(name: str, data: bytes) -> list:
 
 def good_rows(rows) -> bool:
     return all(isinstance(r, dict) and None not in r and {"instruction", "output"} <= r.keys()
-               and all(isinstance(r.get(k, ""), str) for k in ("instruction", "input", "output")) for r in rows)
+               and all(isinstance(r[k], str) for k in ("instruction", "output"))
+               and isinstance(r.get("input") or "", str) for r in rows)
 
 
 def good_log(data: bytes) -> bool:

@@ -81,7 +81,7 @@ def save(model: nn.Module, folder):
     weights.write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-RANK, SCALE = {"least": 1, "most": weights.LARGEST}, {"least": 1e-12, "most": 1e12}
+RANK, SCALE = {"least": 1, "most": weights.LARGEST}, {"least": 1e-12, "most": 1e9}
 
 
 @dataclass

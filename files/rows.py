@@ -71,7 +71,7 @@ class Rows:
     """Iterate over it for (where, row). A row is a dict, or the bytes of a JSON line, which `parse` turns into one: so other
     processes can do this work.
 
-    size, position(): of the file in bytes, and how much of it is read (Parquet: in rows). For a progress bar.
+    size, position(): of the file in bytes, and how much of it is read (Parquet: in rows). is_packed: whether it is a .gz.
     Iterating raises UserError, naming the line, for a file that cannot be read or has no rows.
     """
 
@@ -83,7 +83,8 @@ class Rows:
             self.size = self.path.stat().st_size
         except OSError as e:
             raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-        if self.kind not in KINDS or self.kind == ".parquet" != self.path.suffix.lower():
+        self.is_packed = self.path.suffix.lower() == ".gz"
+        if self.kind not in KINDS or self.kind == ".parquet" and self.is_packed:
             raise UserError(f"{path}: unknown kind of file (only {', '.join(KINDS)}, and .gz of the first four)")
         if self.kind == ".parquet":
             self._parquet = open_parquet(self.path, self._raw)
@@ -113,7 +114,7 @@ class Rows:
                         self._read += 1
                         yield f"{self.path}: row {self._read}", row
             return
-        stream = gzip.GzipFile(fileobj=self._raw) if self.path.suffix.lower() == ".gz" else self._raw
+        stream = gzip.GzipFile(fileobj=self._raw) if self.is_packed else self._raw
         if self.kind == ".jsonl":
             for n, line in enumerate(stream, 1):
                 if line.strip():

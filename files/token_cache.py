@@ -38,9 +38,11 @@ from errors import UserError
 from files import fingerprint, weights
 from files.json_files import check, parse_json
 from files.rows import Rows
+from techniques.compilation import user_cache
 
 SMALL = 2**22  # bytes of a file that is tokenised by this process, each time anew: that takes 2 s or less
-SMALL_PARQUET = 10_000  # rows: such a file is compressed
+SMALL_PARQUET = 10_000  # rows
+PACKED = 8  # how much larger a .gz file may be when it is unpacked
 PIECE = 500  # rows that are handed to a process at once
 DAYS = 30
 
@@ -75,7 +77,7 @@ class Piece:
 
 
 def folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytewise" / "tokens"
+    return user_cache() / "tokens"
 
 
 def name_of(path: Path, tokenizer: Path, options: dict) -> str:
@@ -98,7 +100,8 @@ def read_tokens(path: Path, name: str, encode: Callable, make_encoder: Callable,
     rows = Rows(path)
     if name and (made := load(name)):
         return made
-    if limit or rows.size < (SMALL_PARQUET if rows.kind == ".parquet" else SMALL):
+    small = rows.size < SMALL_PARQUET if rows.kind == ".parquet" else rows.size * (PACKED if rows.is_packed else 1) < SMALL
+    if limit or small:
         return in_memory([encode(islice(rows, limit))])
     if not name:
         return in_memory(list(encoded(rows, make_encoder, arguments)))

@@ -106,7 +106,7 @@ def parameters(name: str, params: dict) -> str:
             f"{params['trainable']:,} trainable ({params['percent']:.4f} %)")
 
 
-NOT_SAVED = ("resume", "show_batch", "dry_run", "fit")  # options of one call, not of the run
+NOT_SAVED = ("resume", "show_batch", "dry_run", "fit", "no_cache")  # options of one call, not of the run
 
 
 def write_config(out: Path, cfg, inputs: dict):
@@ -137,7 +137,7 @@ def read_log(out: Path) -> list[dict]:
         check(where, "line", value := parse_json(text, where), dict)
         check(where, "step", value.get("step"), int)
         for name in value:
-            if name in ("loss", "lr") or name.startswith("val_loss"):
+            if name in ("loss", "lr") or name.startswith(("val_loss", "val_bits_per_byte")):
                 check(where, name, value[name], float)
         lines.append(value)
     return lines

@@ -34,6 +34,7 @@ from errors import UserError
 from files import fingerprint, hub, peft_files, weights
 from files.json_files import check, checked, parse_json, read_json
 from run import card, record
+from run.evaluate import is_due
 from run.hooks import Hooks
 from run.options import TrainConfig, check_ranges
 from techniques.device import type_name
@@ -105,7 +106,7 @@ class Run:
         replies = weights.optional_json(self.tokenizer.folder / "generation_config.json")
         replies["eos_token_id"] = sorted(self.tokenizer.stop_ids)
         weights.write_text(folder / "generation_config.json", json.dumps(replies) + "\n")
-        evaluated = name == "best" or self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
+        evaluated = name == "best" or is_due(self.step, self.cfg)
         card.write(folder, self, self.seen["val_best" if name == "best" else "val_after"] if evaluated else None)
 
     def save(self):
@@ -149,15 +150,22 @@ class Run:
         """Raises UserError for a state that does not belong to this run."""
         with saved_state(self.cfg) as (f, numbers):
             names = set(f.keys())
+            left = {n for n in names if not n.startswith("rng/")}  # what nothing has asked for
+
+            def read(wanted: torch.Tensor, name: str) -> torch.Tensor:
+                left.discard(name)
+                return like(wanted, f, name)
             with torch.no_grad():
                 for n, p in self.trained.items():
-                    self.model.get_parameter(n).copy_(p.copy_(like(p, f, f"param/{n}")))
+                    self.model.get_parameter(n).copy_(p.copy_(read(p, f"param/{n}")))
                     if f"optimizer/step/{n}" in names:  # (not if every step so far was skipped)
                         for key, value in self.optimizer.init_state(p).items():
-                            value.copy_(like(value, f, f"optimizer/{key}/{n}"))
+                            value.copy_(read(value, f"optimizer/{key}/{n}"))
             for n, m in lora.adapters(self.model).items():
                 if f"start/{n}.A" in names:
-                    m.keep_start(like(m.lora_A, f, f"start/{n}.A"), like(m.B(), f, f"start/{n}.B"))
+                    m.keep_start(read(m.lora_A, f"start/{n}.A"), read(m.B(), f"start/{n}.B"))
+            if left:  # a tensor that may be absent could be there under a damaged name
+                raise ValueError(f"tensor {min(left)} is not known")
             if not self.cfg.full:
                 peft_files.restore_base(self.model, self.cfg.lora_init)
             torch.set_rng_state(like(torch.get_rng_state(), f, "rng/cpu"))
@@ -253,7 +261,7 @@ def finished(cfg: TrainConfig) -> dict | None:
 
 RESOLVED = ("bits", "device", "data", "max_length", "lr", "warmup_steps", "steps", "eval_every", "save_every")
 # A run of an older version has the defaults of these options.
-NEW = ("adapter", "eval_examples", "patience", "keep", "sample_every", "report", "columns", "skip_bad_rows", "no_cache")
+NEW = ("adapter", "eval_examples", "patience", "keep", "sample_every", "report", "columns", "skip_bad_rows")
 # A run may continue with another path, if the content is the same.
 MAY_MOVE = ("model", "data", "val_data", "template", "adapter")
 MAY_CHANGE = ("steps", "lr", "schedule")  # it may continue for longer, or at another rate; --epochs sets the steps
@@ -300,7 +308,7 @@ def options_of_run(cfg: TrainConfig) -> TrainConfig:
             new[name] = given
     # The number of steps was resolved from the epochs.
     resumed = TrainConfig(**{**saved, "epochs": default.epochs, **new, "out": cfg.out, "resume": True,
-                             "dry_run": cfg.dry_run, "show_batch": cfg.show_batch})
+                             "dry_run": cfg.dry_run, "show_batch": cfg.show_batch, "no_cache": cfg.no_cache})
     resumed.given = frozenset(new)
     return resumed
 

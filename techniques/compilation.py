@@ -62,8 +62,13 @@ def python_header() -> bool:
     return any((Path(folder) / "Python.h").exists() for folder in folders)
 
 
+def user_cache() -> Path:
+    """Where this program keeps what another run can use: bytewise in $XDG_CACHE_HOME, or else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytewise"
+
+
 def cache_folder() -> Path:
-    """Where compiled code waits for the next run: bytewise/inductor-CPU in $XDG_CACHE_HOME, or else in ~/.cache.
+    """Where compiled code waits for the next run: inductor-CPU in the user's cache.
 
     PyTorch's own choice is a folder in /tmp. Many systems empty it at a restart, and on a shared machine another user
     could make the folder first and put code there. CPU is a hash of what this CPU can do. C++ is compiled for exactly
@@ -74,8 +79,7 @@ def cache_folder() -> Path:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu |= {line for line in lines if line.startswith(("model name", "flags", "Features"))}
     cpu = hashlib.sha256("\n".join(sorted(cpu)).encode()).hexdigest()[:8]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "bytewise" / f"inductor-{cpu}"
+    return user_cache() / f"inductor-{cpu}"
 
 
 def compile_blocks(model):

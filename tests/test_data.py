@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -444,6 +445,8 @@ def test_prompts_are_the_ids_before_the_last_reply(nano, alpaca):
         assert data.prompts(built, 3, nano) == data.prompts(built, 9, nano) == whole
         assert data.prompts(built, 1, nano) == whole[:1] and data.prompts(built, 0, nano) == []
     assert data.prompts(build([{"text": "a b c"}], nano, alpaca), 3, nano) == []
+    mixed = build([{"text": "a b c"}, {"prompt": "a", "completion": ""}, *rows, {"text": "d"}], nano, alpaca)
+    assert data.prompts(mixed, 5, nano) == whole  # those rows that have a prompt
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -547,6 +550,8 @@ def test_a_missing_file_a_folder_and_a_pipe(tmp_path, nano):
             read_rows(path)
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}: (cannot be read|not a regular file)"):
             data.read_tokens(path, nano, "")  # the cache hashes the file first
+    with pytest.raises(UserError, match="cannot be read"):
+        data.read_tokens(Path("\ud800.jsonl"), nano, "")
 
 
 # ---------------------------------------------------------------------------------------------- split, plan, collate

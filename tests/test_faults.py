@@ -103,6 +103,8 @@ def test_another_meaning_of_the_other_files():
     assert not right("rows.csv", b"", b"instruction,output\na,b,c\n")
     assert right("rows.jsonl", b"", b'{"instruction": "a", "output": "b"}')
     assert not right("rows.jsonl", b"", b'{"instruction": "a", "output": 1}')
+    assert right("rows.jsonl", b"", b'{"instruction": "a", "input": null, "output": "b"}')  # as Parquet has it
+    assert not right("rows.jsonl", b"", b'{"instruction": "a", "input": 1, "output": "b"}')
     good, cut = b'{"step": 1}\n{"step": 2}\n', b'{"step": 1}\n{"st'
     assert right("metrics.jsonl", good, cut) and not right("metrics.jsonl", good, b'{"st\n{"step": 2}\n')
 

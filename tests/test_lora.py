@@ -279,7 +279,7 @@ def edit_config(folder, **changes):
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 5}, "rank"), ({"peft_type": ["LORA"]}, "peft_type"),
     *(({key: value}, f"adapter_config.json: {key} must be an? ") for key, values in {
         "r": [0, -1, 3.0, "3", True, [3], 10**400, float("nan")],
-        "lora_alpha": [0, -7, "7", True, float("nan"), float("inf"), 10**400],
+        "lora_alpha": [0, -7, 3.2e10, "7", True, float("nan"), float("inf"), 10**400],
         "lora_dropout": [-0.1, 1, "0", float("nan")]}.items() for value in values),
     *(({key: None}, f"adapter_config.json: {key} is missing") for key in ("r", "lora_alpha")),
     ({"use_rslora": 1}, "use_rslora must be true or false"), ({"target_modules": {}}, "target_modules must be a list"),

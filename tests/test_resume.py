@@ -399,7 +399,8 @@ def test_an_option_given_at_its_default_is_compared(start, tmp_path):
     for words in (["--batch-size", "8"], ["--warmup-steps", "1"], ["--seed", "1"], ["--amp"]):
         with pytest.raises(UserError, match=f"changed option: {words[0]}"):
             train.main(train.parse(["--out", str(tmp_path / "run"), "--resume", *words]))
-    train.main(train.parse(["--out", str(tmp_path / "run"), "--resume", "--batch-size", "2", "--seed", "0"]))
+    train.main(train.parse(["--out", str(tmp_path / "run"), "--resume", "--batch-size", "2", "--seed", "0", "--no-cache"]))
+    assert "no_cache" not in json.loads((tmp_path / "run" / "config.json").read_text())["options"]
 
 
 def test_one_folder_belongs_to_one_run(start, tmp_path):
@@ -476,7 +477,7 @@ def test_the_options_of_a_run_are_complete_and_possible(start, tmp_path):
 
 
 @pytest.mark.parametrize("line", [b"{", b'"loss"', b'{"step": "1"}', b'{"step": 1, "loss": null}', b'{"step": 1, "\xe9": 2}',
-                                  ..., None])
+                                  b'{"step": 0, "val_loss": 2.5, "val_bits_per_byte": NaN}', ..., None])
 def test_a_damaged_line_of_the_log(line, start, tmp_path):
     start()
     os.remove(tmp_path / "run" / "summary.json")
@@ -508,7 +509,8 @@ def test_a_state_with_other_tensors(start, tmp_path):
     metadata["numbers"] = metadata["numbers"].replace('"step": 3', '"step": 4')
     for other in ({**tensors, name: tensors[name] * torch.nan}, {**tensors, name: tensors[name][1:]},
                   {**tensors, name: tensors[name].half()},
-                  {n: t for n, t in tensors.items() if n != name}, {**tensors, "rng/cpu": torch.zeros(3)}):
+                  {n: t for n, t in tensors.items() if n != name}, {**tensors, "rng/cpu": torch.zeros(3)},
+                  {**tensors, "start/layers.0.Ax": torch.zeros(3)}):  # what may be absent, under a damaged name
         weights.write_tensors(path, other, metadata)
         with pytest.raises(UserError, match="not the state of this run"):
             resume(tmp_path / "run")

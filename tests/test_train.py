@@ -704,7 +704,7 @@ def test_the_files_of_a_run(finished, shared):
 
     config = json.loads((out / "config.json").read_text())
     assert config.keys() == {"options", "versions", "seed", "commit", "arithmetic", "inputs"}
-    of_no_run = {"resume", "show_batch", "dry_run", "fit"}
+    of_no_run = {"resume", "show_batch", "dry_run", "fit", "no_cache"}
     assert config["options"].keys() == {f.name for f in dataclasses.fields(TrainConfig)} - of_no_run
     given = {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in of_no_run}
     assert {k: config["options"][k] for k in given} == given
@@ -752,6 +752,15 @@ def test_a_card_claims_no_loss_that_was_not_measured(go, tmp_path):
               "", train.Hooks()).export("adapter")
     text = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "Step 3 of 5" in text and "after this step" not in text
+    go(name="near the end", steps=5, eval_every=4, save_every=4)  # the evaluation at step 5 takes the place of that at 4
+    cfg = TrainConfig(**json.loads((tmp_path / "near the end" / "config.json").read_text())["options"], resume=True)
+    model = prepare.load_model(cfg)
+    near = state.Run(cfg, tmp_path / "near the end", model, prepare.make_optimizer(model, cfg), prepare.make_scaler(cfg),
+                     tokenizer, "", train.Hooks())
+    near.step = 4
+    near.export("adapter")
+    text = (tmp_path / "near the end" / "adapter" / "README.md").read_text()
+    assert "Step 4 of 5" in text and "after this step" not in text
 
 
 def test_the_bases_tokenizer_and_generation_config_lie_beside_the_adapter(shared, tmp_path):
