@@ -17,6 +17,7 @@ from conftest import REAL_PREDICTOR
 import memory
 import train
 from bench import gpu
+from bench import gpu_claims as claims
 from errors import UserError
 from ledger import ask
 from run import options
@@ -45,7 +46,7 @@ class Predictor:
 
 @pytest.fixture
 def b(tmp_path):
-    return gpu.Bench("cpu", tmp_path, tmp_path / "gpu.jsonl", ("--amp", "--full --grad-accum 2"))
+    return claims.Bench("cpu", tmp_path, tmp_path / "gpu.jsonl", ("--amp", "--full --grad-accum 2"))
 
 
 def lines(out) -> list[dict]:
@@ -65,9 +66,9 @@ def stages(monkeypatch, **of):
 
 def test_every_stage_runs_on_a_cpu(tmp_path, monkeypatch):
     """(but compile: 40 seconds)"""
-    monkeypatch.setattr(gpu, "PARITY", gpu.PARITY[-2:])
-    monkeypatch.setattr(gpu, "T4", gpu.T4[-2:])
-    monkeypatch.setattr(gpu, "WITHIN", 10**4)
+    monkeypatch.setattr(claims, "PARITY", claims.PARITY[-2:])
+    monkeypatch.setattr(claims, "T4", claims.T4[-2:])
+    monkeypatch.setattr(claims, "WITHIN", 10**4)
     monkeypatch.setattr(ask, "Predictor", Predictor)
     names = [name for name in gpu.STAGES if name != "compile"]
     assert start(tmp_path, "--stages", ",".join(names), combinations=("--amp --bits 4",)) is True
@@ -88,7 +89,7 @@ def test_the_prediction_is_asked_about_the_job_that_runs(b, monkeypatch):
     b.combinations = ("--amp", "--full --grad-accum 2")
     gpu.run_stage(b, "memory")
     found = lines(b.folder)
-    assert [(x["model"], x["options"]) for x in found] == [(gpu.SMALL, "--amp"), (gpu.SMALL, "--full --grad-accum 2"),
+    assert [(x["model"], x["options"]) for x in found] == [(claims.SMALL, "--amp"), (claims.SMALL, "--full --grad-accum 2"),
                                                            ("gpt2", "--amp")]
     assert [x["off %"] for x in found[:2]] == [0, 0] and abs(found[2]["off %"]) < 1, found
 
@@ -98,16 +99,16 @@ def test_a_prediction_holds_within_5_per_cent(predicted, reserved, ok, b, monkey
     monkeypatch.setattr(memory, "cuda_peak", lambda device: (10**6, 2 * 10**6))
     predictor = Predictor()
     predictor.peak, predictor.reserved = predicted * 10**6, reserved * 2 * 10**6
-    assert gpu.peaks(b, gpu.Job(b, "gpt2", "--amp"), predictor)["ok"] is ok
+    assert claims.peaks(b, claims.Job(b, "gpt2", "--amp"), predictor)["ok"] is ok
 
 
 def test_a_failed_case_takes_its_answer_from_the_prediction(b, monkeypatch):
     """Else every later case would be compared with the prediction of the one before."""
     answers = []
-    monkeypatch.setattr(gpu, "measured_peaks", lambda b, job: 1 / 0)
+    monkeypatch.setattr(claims, "measured_peaks", lambda b, job: 1 / 0)
     monkeypatch.setattr(Predictor, "answer", lambda self: answers.append(1) or {"error": "none"})
     with pytest.raises(ZeroDivisionError):
-        gpu.peaks(b, gpu.Job(b, "gpt2", ""), Predictor())
+        claims.peaks(b, claims.Job(b, "gpt2", ""), Predictor())
     assert answers == [1]
 
 
@@ -117,7 +118,7 @@ def test_a_wrong_paged_optimizer_is_noticed(b, monkeypatch):
     assert [x.get("ok") for x in lines(b.folder)] == [False, True, True, None]
 
 
-@pytest.mark.parametrize("model,words", [(gpu.SMALL, "--amp"), (gpu.SMALL, "--full --amp --optimizer offload_adamw")])
+@pytest.mark.parametrize("model,words", [(claims.SMALL, "--amp"), (claims.SMALL, "--full --amp --optimizer offload_adamw")])
 def test_another_start_shows_in_the_losses(model, words, b, monkeypatch):
     """What parity compares would not be equal without start_as, where two devices draw other random numbers."""
     rng = torch.Generator()
@@ -130,38 +131,38 @@ def test_another_start_shows_in_the_losses(model, words, b, monkeypatch):
                     p.copy_(job.optimizer.master(p))
         return job
 
-    load = gpu.Job.load
-    monkeypatch.setattr(gpu.Job, "load", lambda job: other_numbers(load(job)))
-    assert gpu.losses_on_both(b, model, words)["worst relative difference"] == 0
-    monkeypatch.setattr(gpu.Job, "start_as", lambda *args: None)
-    assert gpu.losses_on_both(b, model, words)["worst relative difference"] > 0
+    load = claims.Job.load
+    monkeypatch.setattr(claims.Job, "load", lambda job: other_numbers(load(job)))
+    assert claims.losses_on_both(b, model, words)["worst relative difference"] == 0
+    monkeypatch.setattr(claims.Job, "start_as", lambda *args: None)
+    assert claims.losses_on_both(b, model, words)["worst relative difference"] > 0
 
 
 def test_compiled_code_that_computes_something_else(b, monkeypatch):
     """(A stand-in compiles nothing, and then spoils the model.)"""
     compiled = []
     monkeypatch.setattr(options, "check_compiler", lambda device: None)
-    monkeypatch.setattr(gpu, "compile_blocks", compiled.append)
-    found = gpu.compiled_and_not(b, "--amp")
+    monkeypatch.setattr(claims, "compile_blocks", compiled.append)
+    found = claims.compiled_and_not(b, "--amp")
     assert found["ok"] is True and found["worst relative difference"] == 0 and len(compiled) == 1
-    monkeypatch.setattr(gpu, "compile_blocks", lambda model: model.head.weight.data.mul_(9))
-    assert gpu.compiled_and_not(b, "--amp")["ok"] is False
+    monkeypatch.setattr(claims, "compile_blocks", lambda model: model.head.weight.data.mul_(9))
+    assert claims.compiled_and_not(b, "--amp")["ok"] is False
 
 
 def test_attention_that_stores_the_matrix_is_noticed(b, monkeypatch):
-    assert gpu.attention_kernel(b, torch.bfloat16, "grouped", "packed")["ok"] is True
-    monkeypatch.setattr(gpu.attention, "scaled_dot_product_attention", lambda q, k, v, *a, **how: q @ k.mT @ v)
-    result = gpu.attention_kernel(b, torch.float32, "plain", "padded")
+    assert claims.attention_kernel(b, torch.bfloat16, "grouped", "packed")["ok"] is True
+    monkeypatch.setattr(claims.attention, "scaled_dot_product_attention", lambda q, k, v, *a, **how: q @ k.mT @ v)
+    result = claims.attention_kernel(b, torch.float32, "plain", "padded")
     assert result == {"kernels": ["the plain formula"], "ok": False}
 
 
 def test_the_formula_of_mfu(b, monkeypatch):
     """4 FLOPs a weight and token; two examples of 32 tokens in half a second."""
-    job = gpu.Job(b, gpu.SMALL, "--amp --bits 4", full=True).load()
+    job = claims.Job(b, claims.SMALL, "--amp --bits 4", full=True).load()
     C, F, V, kv = 64, 128, 512, 32
     n = V * C + 2 * (2 * C * C + 2 * kv * C + 3 * F * C + 2 * C) + C  # the head is the embedding; 2 layers; norms
-    monkeypatch.setattr(gpu.Job, "timed_steps", lambda job, n: [0.5] * n)
-    found = gpu.throughput(b, job)
+    monkeypatch.setattr(claims.Job, "timed_steps", lambda job, n: [0.5] * n)
+    found = claims.throughput(b, job)
     assert found["tokens/s"] == 128 and found["TFLOP/s"] == pytest.approx(4 * n * 128 / 1e12) and found["MFU %"] is None
 
 
@@ -175,60 +176,60 @@ def as_a_gpu(monkeypatch):
         for name, answer in {"empty_cache": None, "reset_peak_memory_stats": None, "memory_allocated": 100,
                              "max_memory_allocated": 300, "get_device_name": "Tesla T4"}.items():
             monkeypatch.setattr(torch.cuda, name, lambda *device, name=name, answer=answer: done.append(name) or answer)
-        monkeypatch.setattr(gpu.Bench, "cuda", True)
-        monkeypatch.setattr(gpu, "COPIED", 2**20)
+        monkeypatch.setattr(claims.Bench, "cuda", True)
+        monkeypatch.setattr(claims, "COPIED", 2**20)
         return done
     return enter
 
 
 def test_the_peaks_are_those_of_the_second_and_third_step(b, as_a_gpu, monkeypatch):
-    job, step = gpu.Job(b, "gpt2", "--amp"), gpu.Job.step
+    job, step = claims.Job(b, "gpt2", "--amp"), claims.Job.step
     done = as_a_gpu()
     monkeypatch.setattr(memory, "cuda_peak", lambda device: (7, 8))
-    monkeypatch.setattr(gpu.Job, "step", lambda job: done.append("step") or step(job))
-    found = gpu.measured_peaks(b, job)
+    monkeypatch.setattr(claims.Job, "step", lambda job: done.append("step") or step(job))
+    found = claims.measured_peaks(b, job)
     assert done == ["memory_allocated", "step", "empty_cache", "reset_peak_memory_stats", "step", "step"]
     assert (found["allocated"], found["reserved"], found["before"]) == (7, 8, 100)
 
 
 def test_a_scaler_that_skips_the_first_steps(b, monkeypatch):
     """Without AdamW's state the measured peak would be too small."""
-    job, step, taken = gpu.Job(b, "gpt2", "--amp"), gpu.Job.step, []
-    monkeypatch.setattr(gpu.Job, "step", lambda job: taken.append(1) or (step(job) if len(taken) > 3 else 9.0))
-    gpu.measured_peaks(b, job)
+    job, step, taken = claims.Job(b, "gpt2", "--amp"), claims.Job.step, []
+    monkeypatch.setattr(claims.Job, "step", lambda job: taken.append(1) or (step(job) if len(taken) > 3 else 9.0))
+    claims.measured_peaks(b, job)
     assert len(taken) == 3 + 1 + 2
 
 
 def test_attentions_bytes(b, as_a_gpu, monkeypatch):
     as_a_gpu()
-    found = gpu.attention_kernel(b, torch.float32, "grouped", "packed")
+    found = claims.attention_kernel(b, torch.float32, "grouped", "packed")
     assert found["extra bytes"] == 200 and found["bytes of T x T"] == 8 * 2048**2 * 4 and found["ok"]
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9)
-    assert not gpu.attention_kernel(b, torch.float32, "grouped", "packed")["ok"]
+    assert not claims.attention_kernel(b, torch.float32, "grouped", "packed")["ok"]
 
 
 def test_the_bytes_of_the_nf4_kernel(b, as_a_gpu, monkeypatch):
     layer = quant.quantize(torch.nn.Linear(128, 64, bias=False), torch.randn(64, 128), 4)
     as_a_gpu()
-    monkeypatch.setattr(gpu, "warm_seconds", lambda work, device, n: work() is None or 1e-3)
-    found = gpu.nf4_speed(b, layer)
+    monkeypatch.setattr(claims, "warm_seconds", lambda work, device, n: work() is None or 1e-3)
+    found = claims.nf4_speed(b, layer)
     assert found["GB/s"] == pytest.approx(64 * 128 * 2.5625 / 1e-3 / 1e9) and found["kernel us"] == pytest.approx(1000)
     assert found["share %"] == pytest.approx(100 * 64 * 128 * 2.5625 / (2 * 2**20))
-    assert gpu.nf4_bits(b, layer)["ok"] is False  # a GPU on which Triton does not run
+    assert claims.nf4_bits(b, layer)["ok"] is False  # a GPU on which Triton does not run
 
 
 def test_the_peak_of_a_gpu():
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "Tesla T4", "NVIDIA L40", "NVIDIA T400")
-    assert [gpu.peak_of(name) for name in names] == [989e12, 756e12, 312e12, 65e12, None, None]
+    assert [claims.peak_of(name) for name in names] == [989e12, 756e12, 312e12, 65e12, None, None]
 
 
 def test_wall_and_busy(b, as_a_gpu, monkeypatch):
-    job = gpu.Job(b, "gpt2", "--amp").load()
+    job = claims.Job(b, "gpt2", "--amp").load()
     as_a_gpu()
     profile = types.SimpleNamespace(events=lambda: [event("a", 0, 5)])
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profile))
-    monkeypatch.setattr(gpu.Job, "timed_steps", lambda job, n: [10e-6] * n)
-    found = gpu.busy(b, job)
+    monkeypatch.setattr(claims.Job, "timed_steps", lambda job, n: [10e-6] * n)
+    found = claims.busy(b, job)
     assert (found["wall ms"], found["busy %"]) == (pytest.approx(0.01), pytest.approx(50))
 
 
@@ -242,7 +243,7 @@ def test_busy_time_counts_what_overlaps_once():
     host = event("on the host", 40, 50, torch.autograd.DeviceType.CPU)
     events = [event("a", 20, 30), event("b", 0, 10), event("copy", 5, 12), event("b", 22, 25), host,
               event("step", 0, 99, user=True), event("Context Sync", 30, 90)]
-    found = gpu.busy_times(events, 100e-6)
+    found = claims.busy_times(events, 100e-6)
     assert found["busy ms"] == pytest.approx(0.022) and found["busy %"] == pytest.approx(22) and found["kernels"] == 4
     assert found["longest, ms"] == {"b": 0.01, "a": 0.01, "copy": 0.01}
 
@@ -256,17 +257,17 @@ def test_a_wait_is_counted_where_this_project_causes_it(b, monkeypatch):
              " warnings.warn('another')\n return clip(*args)"
     exec(compile(source, "/site-packages/torch/nn/utils/clip_grad.py", "exec"), namespace)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    job = gpu.Job(b, "gpt2", "--amp").load()
+    job = claims.Job(b, "gpt2", "--amp").load()
     b.device = "cuda"
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", namespace["waits_twice"])
-    found = gpu.waits(b, job)
+    found = claims.waits(b, job)
     source = Path(train.__file__).read_text().splitlines()
     (place, n), = found["places"].items()
     assert found["waits"] == n == 2 and modes == ["warn", "default"]
     assert place.startswith("train.py:") and "clip_grad_norm_" in source[int(place.partition(":")[2]) - 1]
-    monkeypatch.setattr(gpu.Job, "step", lambda job: 1 / 0)
+    monkeypatch.setattr(claims.Job, "step", lambda job: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        gpu.waits(b, job)
+        claims.waits(b, job)
     assert modes[2:] == ["warn", "default"]
 
 
@@ -276,12 +277,12 @@ def test_about_the_card(b, monkeypatch):
 
     def no_program(*args, **how):
         raise FileNotFoundError("nvidia-smi")
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **how: types.SimpleNamespace(stdout="550.1\n550.1\n"))
+    monkeypatch.setattr(claims.subprocess, "run", lambda *args, **how: types.SimpleNamespace(stdout="550.1\n550.1\n"))
     b.device = "cuda"
-    found = gpu.about_gpu(b)
+    found = claims.about_gpu(b)
     assert (found["name"], found["capability"], found["driver"]) == ("NVIDIA H100", "9.0", "550.1")
-    monkeypatch.setattr(gpu.subprocess, "run", no_program)
-    assert gpu.about_gpu(b)["driver"] is None
+    monkeypatch.setattr(claims.subprocess, "run", no_program)
+    assert claims.about_gpu(b)["driver"] is None
 
 
 # ---------------------------------------------------------------------------------------------- what goes wrong
