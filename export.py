@@ -17,7 +17,7 @@ if __name__ == "__main__":
     terminal.start()
 
 import data
-from files import merging, weights
+from files import merging, weights, writing
 from run import card
 
 TEXT = ("The three primary colours are red, yellow and blue. In 1969 two people walked on the Moon, while a third waited in "
@@ -26,14 +26,14 @@ TEXT = ("The three primary colours are red, yellow and blue. In 1969 two people 
 
 def merge(model: str, adapter: str, out: str, dtype: str):
     """Write the merged model to the new folder `out`, and print how far its answers moved. Raises UserError."""
-    with weights.new_folder(out) as tmp:
+    with writing.new_folder(out) as tmp:
         parts = merging.Merge(model, adapter)
         for f in weights.TOKENIZER_FILES:  # the template that the adapter was trained with
             if (Path(adapter) / f).is_file():
                 shutil.copyfile(Path(adapter) / f, tmp / f)
         base, own = (weights.optional_json(f / "generation_config.json") for f in (parts.stored.folder, Path(adapter)))
         if base or own:  # the base's temperature, and the adapter's end tokens
-            weights.write_text(tmp / "generation_config.json", json.dumps({**base, **own}) + "\n")
+            writing.write_text(tmp / "generation_config.json", json.dumps({**base, **own}) + "\n")
         card.write_merged(tmp, model, dtype)
         size = merging.write(parts, tmp, dtype)
         weights.save_about(tmp, parts.stored.folder, dtype, parts.tied_head)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 from errors import UserError
-from files import peft_files, weights
+from files import peft_files, weights, writing
 from files.conversations import Reader
 from files.json_files import is_there
 from files.rows import read_rows
@@ -241,7 +241,7 @@ def answer_file(model, tokenizer, encode: Callable[..., list[int]], rows: list[t
             raise UserError(f"{where}: {e}") from None
     n_tokens = 0
     bar = tqdm(total=len(rows), desc="replies", unit="row", disable=not sys.stderr.isatty())
-    with weights.atomic(out) as tmp, bar:
+    with writing.atomic(out) as tmp, bar:
         for r in run(model, replies, batch_size):
             n_tokens += 1
             if r.finish_reason:

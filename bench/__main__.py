@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from bench import plots, tables
 from errors import UserError
-from files import weights
+from files import weights, writing
 from files.hub import ASSETS
 from files.json_files import read_json
 from run import prepare, record
@@ -223,7 +223,7 @@ def other_depth(model: str, layers: int, tmp: Path) -> str:
     for name in weights.TOKENIZER_FILES:
         if (folder / name).is_file():
             (tmp / name).write_bytes((folder / name).read_bytes())
-    weights.write_text(tmp / "config.json", json.dumps({**raw, key: layers}))
+    writing.write_text(tmp / "config.json", json.dumps({**raw, key: layers}))
     weights.save(weights.from_scratch(str(tmp)), tmp)
     return str(tmp)
 
@@ -233,8 +233,8 @@ def long_text(sizes: dict, settings: dict, tmp: Path) -> list[str]:
     average."""
     text = (ASSETS / "support.jsonl").read_text(encoding="utf-8")
     pieces = settings["steps"] * sizes["batch"] * sizes["length"] * 8 // len(text) + 1
-    weights.write_text(tmp / "train.txt", text * pieces)
-    weights.write_text(tmp / "held-out.txt", text[:16 * sizes["length"]])
+    writing.write_text(tmp / "train.txt", text * pieces)
+    writing.write_text(tmp / "held-out.txt", text[:16 * sizes["length"]])
     return ["--data", f"{tmp}/train.txt", "--val-data", f"{tmp}/held-out.txt"]
 
 
@@ -338,7 +338,7 @@ def run_bench(name: str, models: list[str], args, extra: list[str], command: str
                 except RunFailed as e:
                     r["runs"], r["failed"] = [], str(e)
                     result = f"failed: {e}"
-                weights.write_text(path, json.dumps(doc, indent=1) + "\n")
+                writing.write_text(path, json.dumps(doc, indent=1) + "\n")
                 bar.write(f"{turn + 1}/{settings['repeat']} {Path(r['model']).name} {r['name']}: {result}", file=sys.stdout)
                 bar.update()
     except KeyboardInterrupt:
@@ -354,8 +354,8 @@ def run_bench(name: str, models: list[str], args, extra: list[str], command: str
     if picture:
         bench.picture(title, good, command, picture)
     text = tables.markdown(title, bench.table, doc, picture and picture.name)
-    weights.write_text(f"{base}.md", text)
-    weights.write_text(path, json.dumps({**doc, "finished": True}, indent=1) + "\n")
+    writing.write_text(f"{base}.md", text)
+    writing.write_text(path, json.dumps({**doc, "finished": True}, indent=1) + "\n")
     print("\n" + text)
     return len(good) == len(rows)
 

@@ -56,7 +56,7 @@ import terminal
 import train
 from bench import mutations
 from errors import UserError
-from files import weights
+from files import weights, writing
 from files.hub import ASSETS
 from ledger import ask
 from train import TrainConfig
@@ -130,15 +130,15 @@ RUNS = {"LoRA": {}, "--full": {"full": True}, "PiSSA": {"lora_init": "pissa", "l
 
 def make_model(folder: Path, config: dict):
     folder.mkdir()
-    weights.write_text(folder / "config.json", json.dumps(config))
+    writing.write_text(folder / "config.json", json.dumps(config))
     model = weights.from_scratch(str(folder))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(8 if p.dim() > 1 else 1)  # so that the reply depends on every layer
     weights.save(model, folder)
     special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    weights.write_text(folder / "special_tokens_map.json", json.dumps(special))
-    weights.write_text(folder / "tokenizer_config.json", json.dumps({
+    writing.write_text(folder / "special_tokens_map.json", json.dumps(special))
+    writing.write_text(folder / "tokenizer_config.json", json.dumps({
         **special, "add_bos_token": config is LLAMA, "model_max_length": 128, "added_tokens_decoder": {
             "4095": {"content": "<|endoftext|>", "special": True, "lstrip": False}}}))
 
@@ -151,14 +151,14 @@ def make_base(base: Path) -> dict:
         make_model(folder, config)
     for f in ("vocab.json", "merges.txt"):
         shutil.copy(ASSETS / "gpt2-nano" / f, gpt2 / f)
-    weights.write_text(gpt2 / "added_tokens.json", json.dumps({"    ": 4096, "\t\t": 4097}))
+    writing.write_text(gpt2 / "added_tokens.json", json.dumps({"    ": 4096, "\t\t": 4097}))
 
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt")))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>"])
     bpe.save(str(llama / "tokenizer.json"), pretty=False)
-    weights.write_text(llama / "generation_config.json", json.dumps({"eos_token_id": [4095, 4094], "do_sample": True}))
+    writing.write_text(llama / "generation_config.json", json.dumps({"eos_token_id": [4095, 4094], "do_sample": True}))
     shutil.copy(ASSETS / "gpt2-nano" / "chat_template.jinja", llama)
     with safe_open(llama / "model.safetensors", "pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (no dict)
@@ -166,24 +166,24 @@ def make_base(base: Path) -> dict:
     for name in set(where.values()):
         save_file({k: t for k, t in tensors.items() if where[k] == name}, llama / name, {"format": "pt"})
     index = {"metadata": {"total_size": 1}, "weight_map": where}
-    weights.write_text(llama / "model.safetensors.index.json", json.dumps(index))
+    writing.write_text(llama / "model.safetensors.index.json", json.dumps(index))
     (llama / "model.safetensors").unlink()
 
     import base64
     ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
-    weights.write_text(phi / "tokenizer.model", ranks)
+    writing.write_text(phi / "tokenizer.model", ranks)
     for f, values in (("config.json", {**PHI, "bos_token_id": 256, "eos_token_id": 257}),  # Llama 3's names
                       ("special_tokens_map.json", {"eos_token": "<|end_of_text|>"}), ("tokenizer_config.json", {
                           "bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|end_of_text|>"})):
-        weights.write_text(phi / f, json.dumps(values))
+        writing.write_text(phi / f, json.dumps(values))
 
     rows = [{"instruction": f"Say the number {i} " + "please " * (i % 4), "input": "now" if i % 3 == 0 else "",
              "output": "It is " + " ".join(map(str, range(i % 9 + 1))) + "."} for i in range(12)]
-    weights.write_text(base / "rows.json", json.dumps(rows))
-    weights.write_text(base / "rows.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    weights.write_text(base / "rows.csv", "instruction,input,output\n" + "".join(
+    writing.write_text(base / "rows.json", json.dumps(rows))
+    writing.write_text(base / "rows.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    writing.write_text(base / "rows.csv", "instruction,input,output\n" + "".join(
         f'"{r["instruction"]}",{r["input"]},"{r["output"]}"\n' for r in rows))
-    weights.write_text(base / "rows.txt", "\n".join(r["instruction"] for r in rows) + "\n")
+    writing.write_text(base / "rows.txt", "\n".join(r["instruction"] for r in rows) + "\n")
     unfinished(base, base / "run", {})
     unfinished(base, base / "loftq", RUNS["LoftQ, 4 bit, paged 8-bit AdamW"])
     for name in ("run", "loftq"):
@@ -538,8 +538,8 @@ def report(kills: list[dict], files: list[dict], out: Path, command: str, about:
                       *table("damaged", [(r["kind"], r["end"]) for r in files], (*GOOD_FILES, *BAD))]) + "\n"
     doc = {"bench": "faults", "command": command, "about": about, "kills": len(kills), "files": len(files), "lost": lost,
            "wrong": wrong}
-    weights.write_text(out / "faults.md", text)
-    weights.write_text(out / "faults.json", json.dumps(doc, indent=1) + "\n")
+    writing.write_text(out / "faults.md", text)
+    writing.write_text(out / "faults.json", json.dumps(doc, indent=1) + "\n")
     print(text)
     if lost or wrong:
         raise UserError(f"{len(lost)} runs were lost, {len(wrong)} files went wrong: each is in {out / 'faults.json'}")

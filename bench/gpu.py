@@ -35,7 +35,7 @@ from pathlib import Path
 
 from bench.gpu_claims import STAGES, Bench, NeedsGPU
 from errors import UserError
-from files import weights
+from files import writing
 from techniques.device import device_of, usable_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +108,7 @@ def main(argv: list[str], about: dict, combinations: tuple) -> bool:
             run_stages(Bench(a.device, Path(folder), path, combinations), names, a.seconds)
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         command = shlex.join(["python", "-m", "bench", "gpu", *argv])
-        weights.write_text(path.with_suffix(".md"), markdown(lines, command, about))
+        writing.write_text(path.with_suffix(".md"), markdown(lines, command, about))
     except OSError as e:
         raise UserError(f"--out {a.out} could not be written ({e.strerror})") from None
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import memory
 import train
-from files import hub, weights
+from files import hub, weights, writing
 from ledger import ask
 from run import prepare
 from run.options import parse, resolve, resolve_for
@@ -68,7 +68,7 @@ class Bench:
         folder, raw = self.folder / name, hub.known_config(name)
         if not (folder / "model.safetensors").exists():
             folder.mkdir(exist_ok=True)
-            weights.write_text(folder / "config.json", json.dumps(raw if self.cuda else raw | TINY[raw["model_type"]]))
+            writing.write_text(folder / "config.json", json.dumps(raw if self.cuda else raw | TINY[raw["model_type"]]))
             weights.save(weights.from_scratch(str(folder)), folder, "bfloat16")
         return str(folder)
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 import memory  # noqa: E402
 from bench import tables  # noqa: E402
-from files import weights  # noqa: E402
+from files import writing  # noqa: E402
 
 COLOURS = ("#0072B2", "#F0E442", "#D55E00", "#CCCCCC", "#56B4E9", "#FFFFFF", "#009E73", "#E69F00", "#CC79A7")
 HATCHES = ("", "", "//", "..", "\\\\", "xx", "--", "++", "oo")
@@ -26,7 +26,7 @@ def save(fig, title: str, command: str, path):
     """Write the figure as PNG, with its title above and the command that made it below."""
     fig.suptitle(title, fontsize=11)
     fig.supxlabel(textwrap.fill(command, 130), fontsize=6.5, color="0.35", family="monospace")
-    with weights.atomic(path) as tmp:
+    with writing.atomic(path) as tmp:
         fig.savefig(tmp, format="png", dpi=140)
     plt.close(fig)
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from files import peft_files, weights
+from files import peft_files, weights, writing
 from techniques import quant
 from techniques.device import device_of
 
@@ -93,11 +93,11 @@ def write(merge: Merge, folder: Path, dtype: str) -> int:
             tensors[key] = W.to(kind)
             bar.update()
         where |= dict.fromkeys(tensors, file)
-        weights.write_tensors(folder / file, tensors)
+        writing.write_tensors(folder / file, tensors)
     bar.close()
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        weights.write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        writing.write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return sum(sizes.values())
 
 

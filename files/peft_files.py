@@ -26,7 +26,7 @@ from torch import nn
 
 import lora
 from errors import UserError
-from files import weights
+from files import weights, writing
 from files.json_files import check, checked, parse_json, read_json, show
 from techniques import lora_init
 
@@ -76,9 +76,9 @@ def save(model: nn.Module, folder):
     if hasattr(model, "bits"):
         metadata["bits"] = str(model.bits)
     if starts:
-        weights.write_tensors(Path(folder) / "start.safetensors", starts)
-    weights.write_tensors(Path(folder) / "adapter_model.safetensors", tensors, metadata)
-    weights.write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+        writing.write_tensors(Path(folder) / "start.safetensors", starts)
+    writing.write_tensors(Path(folder) / "adapter_model.safetensors", tensors, metadata)
+    writing.write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 RANK, SCALE = {"least": 1, "most": weights.LARGEST}, {"least": 1e-12, "most": 1e9}

@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from errors import UserError
-from files import fingerprint, weights
+from files import fingerprint, weights, writing
 from files.json_files import check, parse_json
 from files.rows import Rows
 from techniques.compilation import user_cache
@@ -113,7 +113,7 @@ def read_tokens(path: Path, name: str, encode: Callable, make_encoder: Callable,
         raise UserError(f"{where}: token ids cannot be kept there ({e.strerror}); --no-cache does without") from None
     clean(where)
     parts = []
-    with weights.atomic(where / f"{name}.tokens") as tmp, open(tmp, "wb") as f:
+    with writing.atomic(where / f"{name}.tokens") as tmp, open(tmp, "wb") as f:
         for part in encoded(rows, make_encoder, arguments):
             f.write(part.ids)
             part.ids = b""
@@ -122,7 +122,7 @@ def read_tokens(path: Path, name: str, encode: Callable, make_encoder: Callable,
         raise UserError(f"{path}: the file was changed while it was read; start again")
     made = joined(parts)
     numbers = {"unused": made.unused, "bad": made.bad, "reasons": made.reasons}
-    weights.write_tensors(where / f"{name}.safetensors", {k: getattr(made, k) for k in ("starts", "labels", "windows")},
+    writing.write_tensors(where / f"{name}.safetensors", {k: getattr(made, k) for k in ("starts", "labels", "windows")},
                           {"numbers": json.dumps(numbers)})
     print(f"tokenised {len(made):,} rows of {path} in {time.monotonic() - start:.0f} s; kept in {where} for the next run")
     return load(name)

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from files import hub, weights
+from files import hub, writing
 
 LAST = "pipeline_tag: text-generation\n---\n"
 
@@ -26,13 +26,13 @@ def write(folder: Path, run, val_loss: float | None):
         lines.append(f"Held-out loss, in nats for each labelled token: {seen['val_before']:.4f} before training, "
                      f"{val_loss:.4f} after this step.")
     body = f"\n# {base}, fine-tuned with Bytewise\n\n" + "".join(f"* {line}\n" for line in lines)
-    weights.write_text(folder / "README.md", front_matter(base, "transformers" if cfg.full else "peft") + body)
+    writing.write_text(folder / "README.md", front_matter(base, "transformers" if cfg.full else "peft") + body)
 
 
 def write_merged(folder: Path, model: str, dtype: str):
     """The card of a model into which an adapter was merged (export.py)."""
     base = base_name(model)
-    weights.write_text(folder / "README.md", front_matter(base, "transformers") + f"\n# {base} with a LoRA adapter\n\n"
+    writing.write_text(folder / "README.md", front_matter(base, "transformers") + f"\n# {base} with a LoRA adapter\n\n"
                        f"The adapter is merged into the weights, which are in {dtype}. Merged with Bytewise.\n")
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import memory
 from errors import UserError
-from files import weights
+from files import weights, writing
 from files.json_files import check, is_there, parse_json
 from techniques.device import compute_dtype, device_of, type_name
 
@@ -55,7 +55,7 @@ def claimed(cfg):
         raise UserError(f"--out {out} could not be written ({e.strerror})") from None
     try:
         if cfg.resume:
-            weights.remove_leftovers(out)
+            writing.remove_leftovers(out)
         refuse_another_run(out, cfg.resume)  # once more: it may have begun and ended since
         cfg.out = str(out)
         yield out
@@ -117,7 +117,7 @@ def write_config(out: Path, cfg, inputs: dict):
               "versions": {"python": platform.python_version(), "torch": torch.__version__}, "seed": cfg.seed,
               "commit": git.stdout.strip() if git and git.returncode == 0 else None, "arithmetic": arithmetic(cfg),
               "inputs": inputs}
-    weights.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    writing.write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def log(out: Path, line: dict):
@@ -145,7 +145,7 @@ def read_log(out: Path) -> list[dict]:
 
 def rewind_log(out: Path, step: int):
     """Remove the lines after `step`, the last one that was saved: a resumed run takes the later steps again."""
-    weights.write_text(out / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in read_log(out) if x["step"] <= step))
+    writing.write_text(out / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in read_log(out) if x["step"] <= step))
 
 
 class Progress:
@@ -189,7 +189,7 @@ def write_samples(run, prompts: list, after: list[str] | None = None):
                  replies.items()}, "**Held-out reply:**": wanted[:1000]}
         for title, t in parts.items():
             blocks.append(f"{title}\n\n> " + (t.strip() or "(nothing)").replace("\n", "\n> ") + "\n")
-    weights.write_text(run.out / "samples.md", "\n".join(blocks))
+    writing.write_text(run.out / "samples.md", "\n".join(blocks))
 
 
 def running_mean(values: list[float], keep: float = 0.9) -> list[float]:
@@ -227,7 +227,7 @@ def plot_losses(out: Path):
     below[-1].set(xlabel="optimizer step")
     for panel in (ax, *below):
         panel.grid(alpha=0.3)
-    with weights.atomic(out / "loss.png") as tmp:
+    with writing.atomic(out / "loss.png") as tmp:
         fig.savefig(tmp, format="png", dpi=120)
     plt.close(fig)
 
@@ -289,7 +289,7 @@ def summarise(run, params: dict, prediction: dict, train_set) -> dict:
         "next": next_commands(run.cfg, run.out),
     }
     plot_losses(run.out)
-    weights.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    writing.write_text(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report(summary, run.out)
     return summary
 

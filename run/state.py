@@ -31,7 +31,7 @@ from torch import nn
 import lora
 import memory
 from errors import UserError
-from files import fingerprint, hub, peft_files, weights
+from files import fingerprint, hub, peft_files, weights, writing
 from files.json_files import check, checked, parse_json, read_json
 from run import card, record
 from run.evaluate import is_due
@@ -102,10 +102,10 @@ class Run:
         else:
             peft_files.save(self.model, folder)
             weights.save_tokenizer(self.tokenizer.folder, folder, self.tokenizer.eos)
-        weights.write_text(folder / "chat_template.jinja", self.template)
+        writing.write_text(folder / "chat_template.jinja", self.template)
         replies = weights.optional_json(self.tokenizer.folder / "generation_config.json")
         replies["eos_token_id"] = sorted(self.tokenizer.stop_ids)
-        weights.write_text(folder / "generation_config.json", json.dumps(replies) + "\n")
+        writing.write_text(folder / "generation_config.json", json.dumps(replies) + "\n")
         evaluated = name == "best" or is_due(self.step, self.cfg)
         card.write(folder, self, self.seen["val_best" if name == "best" else "val_after"] if evaluated else None)
 
@@ -127,7 +127,7 @@ class Run:
         tensors = {name: t.cpu() for name, t in tensors.items()}
         numbers = json.dumps(numbers)
         self.keep_newest()
-        weights.write_tensors(state_file(self.out), tensors, {"numbers": numbers, "sha256": fingerprint.of_text(numbers)})
+        writing.write_tensors(state_file(self.out), tensors, {"numbers": numbers, "sha256": fingerprint.of_text(numbers)})
         self.saved = self.step
         if self.cfg.keep > 1:
             older = older_states(self.out)
@@ -139,7 +139,7 @@ class Run:
         """--keep: give the newest state a second name, which stays when the next state takes the first."""
         newest = state_file(self.out)
         if self.cfg.keep > 1 and 0 < self.saved < self.step:
-            with weights.atomic(newest.with_name(f"state-{self.saved:06d}.safetensors")) as tmp:
+            with writing.atomic(newest.with_name(f"state-{self.saved:06d}.safetensors")) as tmp:
                 tmp.unlink()
                 try:
                     os.link(newest, tmp)  # no copy: both names are the same file
@@ -338,7 +338,7 @@ def write_changes(cfg: TrainConfig):
     if options != config["options"]:
         # The old summary goes first: with it, a run that is killed after its last new step would count as finished.
         (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
-        weights.write_text(path, json.dumps({**config, "options": options}, indent=2) + "\n")
+        writing.write_text(path, json.dumps({**config, "options": options}, indent=2) + "\n")
 
 
 WHAT = {"data": "--data", "val_data": "--val-data", "template": "the template", "tokenizer": "the tokenizer",

@@ -9,7 +9,7 @@ import importlib.util
 import uuid
 
 from errors import UserError
-from files import weights
+from files import writing
 from files.json_files import is_there
 
 
@@ -61,7 +61,7 @@ class WandB:
         import wandb
         path = run.out / "wandb" / "id.txt"
         if not is_there(path):
-            weights.write_text(path, uuid.uuid4().hex[:8])
+            writing.write_text(path, uuid.uuid4().hex[:8])
         self.run = wandb.init(project="bytewise", name=run.out.name, id=path.read_text().strip(), resume="allow",
                               dir=str(run.out), config=dataclasses.asdict(run.cfg))
 

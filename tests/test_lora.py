@@ -17,7 +17,7 @@ import data
 import export
 import lora
 from errors import UserError
-from files import peft_files, weights
+from files import peft_files, weights, writing
 from files.rows import read_rows
 from run.evaluate import evaluate
 from techniques import loss
@@ -344,7 +344,7 @@ def test_metadata_that_cannot_be(folders, tmp_path, metadata, named):
         if old:
             save_file(load_file(file), file, {"init": "default", "bits": "32", **metadata})
         else:
-            weights.write_tensors(file, load_file(file), {"init": "default", "bits": "32", **metadata})
+            writing.write_tensors(file, load_file(file), {"init": "default", "bits": "32", **metadata})
         if named:
             with pytest.raises(UserError, match=named):
                 peft_files.load(weights.load(folders["gpt2"]), tmp_path)

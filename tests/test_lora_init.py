@@ -22,7 +22,7 @@ import lora
 import memory
 import train
 from errors import UserError
-from files import merging, peft_files, weights
+from files import merging, peft_files, weights, writing
 from techniques import lora_init, quant
 from techniques.device import device_of
 
@@ -175,7 +175,7 @@ def test_weights_without_any_rounding_error_can_still_learn(folders, tmp_path):
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
     tensors[f"{name}.weight"] = model.get_submodule(name).dequantize()
-    weights.write_tensors(tmp_path / "m" / "model.safetensors", tensors)
+    writing.write_tensors(tmp_path / "m" / "model.safetensors", tensors)
     m = start(tmp_path / "m", "loftq", 8).get_submodule(name)
     assert m.lora_A.std() > 0.01 and not (m.B().abs() > 1e-3).any()
 
@@ -227,7 +227,7 @@ def test_a_damaged_weight_is_named(folders, tmp_path):
     shutil.copytree(folders["llama"], tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 4] = torch.nan
-    weights.write_tensors(tmp_path / "m" / "model.safetensors", tensors)
+    writing.write_tensors(tmp_path / "m" / "model.safetensors", tensors)
     with pytest.raises(UserError, match="layers.1.self_attn.q_proj.weight: a weight is not finite"):
         start(tmp_path / "m", "pissa", 32)
 
@@ -299,7 +299,7 @@ def test_loftq_is_saved_as_it_is_and_bound_to_its_bits(folders, tmp_path):
     wider = {k: torch.cat([t, t], 0 if ".lora_A." in k else 1) for k, t in whole.items()}
     other = {k.replace("attn.c_attn", "attn.c_proj"): t[:32] if ".lora_B." in k else t for k, t in whole.items()}
     for damaged in (wider, other):
-        weights.write_tensors(tmp_path / "start.safetensors", damaged)
+        writing.write_tensors(tmp_path / "start.safetensors", damaged)
         with pytest.raises(UserError, match=r"start.safetensors: layer h.0.attn.c_\w+ does not fit the adapter"):
             peft_files.load(weights.load(folders["gpt2"], bits=4), tmp_path)
     (tmp_path / "start.safetensors").unlink()
@@ -486,7 +486,7 @@ def test_an_adapter_that_does_not_say_its_bits(folders, tmp_path, capsys):
     model = learn(start(folders["llama"], "default", 32))
     peft_files.save(model, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
-    weights.write_tensors(file, load_file(file))  # PEFT writes no bits
+    writing.write_tensors(file, load_file(file))  # PEFT writes no bits
     merge(folders["llama"], tmp_path / "adapter", tmp_path / "out")
     assert "(32 bit, as far as the adapter says)" in capsys.readouterr().out
     assert_same(logits(weights.load(tmp_path / "out")), logits(model), None, MERGED)

@@ -21,7 +21,7 @@ import gpt2
 import lora
 import memory
 from errors import UserError
-from files import peft_files, weights
+from files import peft_files, weights, writing
 from techniques import quant
 from techniques.optim import AdamW
 
@@ -428,7 +428,7 @@ def test_loading_holds_one_tensor_beside_the_quantised_model(bits, tmp_path, mon
     config = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 64}
     (folder / "config.json").write_text(json.dumps(config))
     full = weights.from_scratch(folder)
-    weights.write_tensors(folder / "model.safetensors", dict(full.named_parameters()))
+    writing.write_tensors(folder / "model.safetensors", dict(full.named_parameters()))
     largest = max(p.nbytes for p in full.parameters())
     layers = sum(m.weight.numel() for n, m in full.named_modules() if lora.is_linear(m) and n != "lm_head")
     del full

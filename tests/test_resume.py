@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from errors import UserError
-from files import fingerprint, weights
+from files import fingerprint, weights, writing
 from files.template import ALPACA
 from run import record, state
 from train import TrainConfig
@@ -140,7 +140,7 @@ def test_the_last_states_are_kept(linked, start, tmp_path, monkeypatch):
     assert names_and_steps(out) == wanted
     newest = out / "state" / "state.safetensors"
     for damage in (lambda: newest.write_bytes(newest.read_bytes()[:-9]), newest.unlink,
-                   lambda: weights.write_tensors(newest, load_file(newest), {"numbers": "{}"})):
+                   lambda: writing.write_tensors(newest, load_file(newest), {"numbers": "{}"})):
         os.remove(out / "summary.json")
         damage()
         with pytest.raises(UserError, match="or copy .*state-000004.safetensors to .*state.safetensors, and --resume"):
@@ -202,7 +202,7 @@ def test_a_run_of_an_older_version_resumes(start, tmp_path):
         numbers = json.loads(weights.read_metadata(f, path)["numbers"])
     for name in ("without_better", "eval_s"):
         del numbers["seen"][name]
-    weights.write_tensors(path, load_file(path), {"numbers": json.dumps(numbers)})
+    writing.write_tensors(path, load_file(path), {"numbers": json.dumps(numbers)})
     assert resume(out)["steps"] == 4
     del config["options"]["lr"]
     (out / "config.json").write_text(json.dumps(config))
@@ -383,7 +383,7 @@ def test_a_second_stage_resumes(how, start, tmp_path, monkeypatch):
     path = moved / "adapter_model.safetensors"
     tensors, whole = load_file(path), path.read_bytes()
     with weights.opened(path) as f:
-        weights.write_tensors(path, {k: t * 1.01 for k, t in tensors.items()}, weights.read_metadata(f, path))
+        writing.write_tensors(path, {k: t * 1.01 for k, t in tensors.items()}, weights.read_metadata(f, path))
     with pytest.raises(UserError, match="--adapter is not what the run .* began with"):
         resume(tmp_path / "run", adapter=str(moved))
     assert files(tmp_path / "run") == before
@@ -445,7 +445,7 @@ def test_a_state_that_cannot_be(change, says, start, tmp_path):
     with weights.opened(path) as f:
         numbers = json.loads(weights.read_metadata(f, path)["numbers"])
     text = json.dumps({**numbers, **change})
-    weights.write_tensors(path, load_file(path), {"numbers": text, "sha256": fingerprint.of_text(text)})
+    writing.write_tensors(path, load_file(path), {"numbers": text, "sha256": fingerprint.of_text(text)})
     with pytest.raises(UserError, match=f"not the state of this run .*({says})"):
         resume(tmp_path / "run")
 
@@ -499,11 +499,11 @@ def test_a_state_with_other_tensors(start, tmp_path):
         metadata = weights.read_metadata(f, path)
     tensors = load_file(path)
     name = next(n for n in tensors if n.startswith("param/"))
-    weights.write_tensors(path, tensors, {"numbers": metadata["numbers"]})  # as an older version writes it
+    writing.write_tensors(path, tensors, {"numbers": metadata["numbers"]})  # as an older version writes it
     assert resume(tmp_path / "run")["steps"] == 4
     os.remove(tmp_path / "run" / "summary.json")
     metadata["numbers"] = metadata["numbers"].replace('"step": 4', '"step": 3')
-    weights.write_tensors(path, tensors, metadata)
+    writing.write_tensors(path, tensors, metadata)
     with pytest.raises(UserError, match="its numbers were changed"):
         resume(tmp_path / "run")
     metadata["numbers"] = metadata["numbers"].replace('"step": 3', '"step": 4')
@@ -511,7 +511,7 @@ def test_a_state_with_other_tensors(start, tmp_path):
                   {**tensors, name: tensors[name].half()},
                   {n: t for n, t in tensors.items() if n != name}, {**tensors, "rng/cpu": torch.zeros(3)},
                   {**tensors, "start/layers.0.Ax": torch.zeros(3)}):  # what may be absent, under a damaged name
-        weights.write_tensors(path, other, metadata)
+        writing.write_tensors(path, other, metadata)
         with pytest.raises(UserError, match="not the state of this run"):
             resume(tmp_path / "run")
 

@@ -30,7 +30,7 @@ import lora
 import memory
 import train
 from errors import UserError
-from files import peft_files, weights
+from files import peft_files, weights, writing
 from files.rows import read_rows
 from files.template import ALPACA
 from run import prepare, record, state
@@ -415,7 +415,7 @@ def test_a_save_that_breaks_off_leaves_the_last_one(go, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(weights, "save_file", breaks_off)
+        m.setattr(writing, "save_file", breaks_off)
         go(steps=5, save_every=1)
     assert load_file(tmp_path / "run" / "state" / "state.safetensors")
     train.main(TrainConfig(out=str(tmp_path / "run"), resume=True))

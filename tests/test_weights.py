@@ -18,7 +18,7 @@ import generate
 import llama
 import lora
 from errors import UserError
-from files import hub, peft_files, weights
+from files import hub, peft_files, weights, writing
 
 
 def params(model):
@@ -315,8 +315,8 @@ def test_save_as_float16(gpt2_folder, tmp_path):
                                            (ValueError("a bug"), None)])
 def test_atomic_when_the_writer_fails(error, raised, tmp_path):
     path = tmp_path / "deep" / "file.json"
-    weights.write_text(path, "before")
-    with pytest.raises(raised or type(error)) as e, weights.atomic(path) as tmp:
+    writing.write_text(path, "before")
+    with pytest.raises(raised or type(error)) as e, writing.atomic(path) as tmp:
         tmp.write_text("half")
         raise error
     if raised:
@@ -328,7 +328,7 @@ def test_atomic_when_the_writer_fails(error, raised, tmp_path):
 def test_atomic_below_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="could not be written"):
-        weights.write_text(tmp_path / "file" / "config.json", "{}")
+        writing.write_text(tmp_path / "file" / "config.json", "{}")
 
 
 def test_full_disk(gpt2_folder, tmp_path):
@@ -343,12 +343,12 @@ def test_full_disk(gpt2_folder, tmp_path):
         import sys
         import export
         from errors import UserError
-        from files import weights
+        from files import weights, writing
         source, target, adapter, merged = sys.argv[1:]
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         model = weights.from_scratch(source, seed=1)
-        for act in (lambda: weights.save(model, target), lambda: weights.write_text(target + "/config.json", "x" * 200_000),
+        for act in (lambda: weights.save(model, target), lambda: writing.write_text(target + "/config.json", "x" * 200_000),
                     lambda: export.main(["merge", "--model", source, "--adapter", adapter, "--out", merged])):
             try:
                 act()
@@ -368,7 +368,7 @@ def test_modes_follow_the_umask(gpt2_folder, tmp_path):
     before = os.umask(0o027)
     try:
         weights.save(weights.load(gpt2_folder), tmp_path / "a")
-        with weights.new_folder(tmp_path / "b"):
+        with writing.new_folder(tmp_path / "b"):
             pass
     finally:
         os.umask(before)
@@ -380,9 +380,9 @@ def test_equal_tensors_make_equal_files(tmp_path):
     """safetensors writes the keys of its metadata in a random order, so there is one. Earlier files have several."""
     metadata, tensors = {"parts": "{}", "init": "default", "bits": "4"}, {"x": torch.ones(2)}
     for name in ("a", "b"):
-        weights.write_tensors(tmp_path / name, tensors, metadata if name == "a" else dict(reversed(metadata.items())))
+        writing.write_tensors(tmp_path / name, tensors, metadata if name == "a" else dict(reversed(metadata.items())))
     save_file(tensors, tmp_path / "old", {"format": "pt", **metadata})
-    weights.write_tensors(tmp_path / "plain", tensors)
+    writing.write_tensors(tmp_path / "plain", tensors)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with safe_open(tmp_path / "a", "pt") as f, safe_open(tmp_path / "plain", "pt") as plain:
         assert len(f.metadata()) == 1 and plain.metadata() == {"format": "pt"}
@@ -408,17 +408,17 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path, monkeypatch):
         (tmp_path / name).write_text("x")
     folder = tmp_path / f".model.tmp{ended.pid}"
     (folder / "inside").mkdir(parents=True)
-    with weights.new_folder(tmp_path / "model"):
+    with writing.new_folder(tmp_path / "model"):
         assert not folder.exists() and all((tmp_path / name).exists() for name in names), "only those of its own name"
     folder.mkdir()
-    weights.remove_leftovers(tmp_path)
+    writing.remove_leftovers(tmp_path)
     assert {name: (tmp_path / name).exists() for name in names} == names and not folder.exists()
 
     def kill(pid, signal):
         raise PermissionError
     monkeypatch.setattr(os, "kill", kill)  # the process belongs to someone else
     folder.mkdir()
-    weights.remove_leftovers(tmp_path)
+    writing.remove_leftovers(tmp_path)
     assert folder.exists()
 
 
@@ -428,19 +428,19 @@ def test_new_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     for name in ("full", "file"):
-        with pytest.raises(UserError, match=f"{name} exists and is not empty"), weights.new_folder(tmp_path / name):
+        with pytest.raises(UserError, match=f"{name} exists and is not empty"), writing.new_folder(tmp_path / name):
             pytest.fail("entered")
-    with pytest.raises(UserError, match="cannot be created"), weights.new_folder(tmp_path / "file" / "below"):
+    with pytest.raises(UserError, match="cannot be created"), writing.new_folder(tmp_path / "file" / "below"):
         pytest.fail("entered")
     for error in (UserError("x"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), weights.new_folder(tmp_path / "empty") as tmp:
+        with pytest.raises(type(error)), writing.new_folder(tmp_path / "empty") as tmp:
             (tmp / "half").write_text("x")
             raise error
         assert not any((tmp_path / "empty").iterdir())
-    with pytest.raises(UserError, match="could not be written"), weights.new_folder(tmp_path / "empty") as tmp:
+    with pytest.raises(UserError, match="could not be written"), writing.new_folder(tmp_path / "empty") as tmp:
         raise OSError(28, "No space left on device")
     for name in ("empty", "new"):
-        with weights.new_folder(tmp_path / name) as tmp:
+        with writing.new_folder(tmp_path / name) as tmp:
             (tmp / "whole").write_text("x")
         assert os.listdir(tmp_path / name) == ["whole"]
     assert sorted(os.listdir(tmp_path)) == ["empty", "file", "full", "new"]
