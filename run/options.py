@@ -118,6 +118,7 @@ RANGES = [  # options, whether a value is possible (no comparison with nan is tr
     ("ckpt_every warmup_steps weight_decay clip samples", lambda x: 0 <= x < math.inf,
      "must not be negative, nan or infinite"),
     ("lr lora_alpha", lambda x: 0 < x < math.inf, "must be a number above 0, or nothing is learned"),
+    ("lr lora_alpha weight_decay clip", lambda x: x <= 1e9, "must be at most 1e9; float32 has no room for much more"),
     ("lora_dropout", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
     ("val_frac", lambda x: 0 <= x <= 1, "must be from 0 to 1"),
     ("seed", lambda n: 0 <= n < 2**32, "must be from 0 to 4294967295"),

@@ -147,6 +147,8 @@ TRAIN = {
     "lr nan": ("--lr nan", "--lr nan: must"),
     "lr 0": ("--lr 0", "--lr 0.0: must be a number above 0, or nothing is learned"),
     "alpha 0": ("--lora-alpha 0", "--lora-alpha 0.0: must be a number above 0"),
+    "alpha of 10^308": ("--lora-alpha 1e308", "--lora-alpha 1e[+]308: must be at most 1e9"),
+    "clip of 10^300": ("--clip 1e300", "--clip 1e[+]300: must be at most 1e9"),
     "alpha nan": ("--lora-alpha nan", "--lora-alpha nan: must be a number above 0"),
     "alpha inf": ("--lora-alpha inf", "--lora-alpha inf: must be a number above 0"),
     "dropout nan": ("--lora-dropout nan", "--lora-dropout nan: must be at least 0 and below 1"),
