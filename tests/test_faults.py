@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from bench import faults, mutations
 from errors import UserError
+from files.hub import ASSETS
 
 
 def test_a_sample_of_the_campaign(tmp_path):
@@ -93,8 +94,8 @@ def test_another_meaning_of_a_config(change, right):
 def test_another_meaning_of_the_other_files():
     def right(name, old, new, **beside):
         return mutations.has_a_meaning(name, old, new, beside, TOKENS)
-    vocab = json.loads((faults.ASSETS / "gpt2-nano" / "vocab.json").read_bytes())
-    merges = (faults.ASSETS / "gpt2-nano" / "merges.txt").read_bytes()
+    vocab = json.loads((ASSETS / "gpt2-nano" / "vocab.json").read_bytes())
+    merges = (ASSETS / "gpt2-nano" / "merges.txt").read_bytes()
     swapped = json.dumps({**vocab, "!": vocab['"'], '"': vocab["!"]}).encode()
     assert right("vocab.json", b"", swapped, **{"merges.txt": merges})
     assert not right("vocab.json", b"", swapped.replace(b'"!": 1,', b""), **{"merges.txt": merges})
