@@ -146,8 +146,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer, template: str, columns: dict |
     """The tokens of a data file, from the cache if it was read before. limit: of the first rows only. Raises UserError."""
     options = {"template": template, "columns": columns or {}, "skip_bad": skip_bad}
     encoder = functools.partial(encode_rows, tokenizer=tokenizer, **options)
-    name = token_cache.name_of(path, tokenizer.folder, options) if use_cache else ""
-    return token_cache.read_tokens(path, name, encoder, make_encoder, (tokenizer.folder, options), limit)
+    return token_cache.read_tokens(path, encoder, make_encoder, tokenizer.folder, options, use_cache, limit)
 
 
 # ---------------------------------------------------------------------------------------------- tokens -> examples

@@ -81,8 +81,8 @@ class Rows:
             is_there(self.path)  # refuses a folder, a pipe and a device; a missing file is an OSError below
             self._raw = open(self.path, "rb")  # noqa: SIM115 (closed with this object)
             self.size = self.path.stat().st_size
-        except OSError as e:
-            raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+            raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
         self.is_packed = self.path.suffix.lower() == ".gz"
         if self.kind not in KINDS or self.kind == ".parquet" and self.is_packed:
             raise UserError(f"{path}: unknown kind of file (only {', '.join(KINDS)}, and .gz of the first four)")

@@ -90,21 +90,22 @@ def name_of(path: Path, tokenizer: Path, options: dict) -> str:
     return fingerprint.of_text(json.dumps([files, path.suffixes, options, sources, packages, date]))
 
 
-def read_tokens(path: Path, name: str, encode: Callable, make_encoder: Callable, arguments: tuple,
+def read_tokens(path: Path, encode: Callable, make_encoder: Callable, tokenizer: Path, options: dict, use_cache: bool,
                 limit: int | None) -> Tokens:
     """The tokens of a data file.
 
-    name: of its entry; without one, the cache is not used. encode([(where, row), ...]) -> Piece. make_encoder(*arguments)
-    makes `encode` in another process. limit: only the first rows are read, and not kept. Raises UserError.
+    encode([(where, row), ...]) -> Piece. make_encoder(tokenizer, options) makes `encode` in another process. tokenizer: its
+    folder. limit: only the first rows are read, and not kept. Raises UserError.
     """
     rows = Rows(path)
-    if name and (made := load(name)):
-        return made
     small = rows.size < SMALL_PARQUET if rows.kind == ".parquet" else rows.size * (PACKED if rows.is_packed else 1) < SMALL
     if limit or small:
         return in_memory([encode(islice(rows, limit))])
-    if not name:
-        return in_memory(list(encoded(rows, make_encoder, arguments)))
+    if not use_cache:
+        return in_memory(list(encoded(rows, make_encoder, tokenizer, options)))
+    name = name_of(path, tokenizer, options)
+    if made := load(name):
+        return made
     changed = path.stat().st_mtime_ns
     where, start = folder(), time.monotonic()
     try:
@@ -114,7 +115,7 @@ def read_tokens(path: Path, name: str, encode: Callable, make_encoder: Callable,
     clean(where)
     parts = []
     with writing.atomic(where / f"{name}.tokens") as tmp, open(tmp, "wb") as f:
-        for part in encoded(rows, make_encoder, arguments):
+        for part in encoded(rows, make_encoder, tokenizer, options):
             f.write(part.ids)
             part.ids = b""
             parts.append(part)
@@ -188,27 +189,27 @@ def n_processes() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def begin(make_encoder: Callable, arguments: tuple):
+def begin(make_encoder: Callable, tokenizer: Path, options: dict):
     """In each process, before its first piece: make the encoder, and end when the main process does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends the others
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     global encode
-    encode = make_encoder(*arguments)
+    encode = make_encoder(tokenizer, options)
 
 
 def work(rows: list) -> Piece:
     return encode(rows)
 
 
-def encoded(rows: Rows, make_encoder: Callable, arguments: tuple) -> Iterator[Piece]:
+def encoded(rows: Rows, make_encoder: Callable, tokenizer: Path, options: dict) -> Iterator[Piece]:
     """The pieces of a file, in order, from as many processes as there are cores. A few pieces are under way at a time."""
     # macOS and Windows have no safe fork: there, each process imports the program again.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     n, waiting, stream = n_processes(), deque(), iter(rows)
     bar = tqdm(total=rows.size, desc=f"tokenising {rows.path.name}", unit="B", unit_scale=True, leave=False,
                disable=not sys.stderr.isatty())
-    pool = ProcessPoolExecutor(n, context, begin, (make_encoder, arguments))
+    pool = ProcessPoolExecutor(n, context, begin, (make_encoder, tokenizer, options))
     try:
         more = True
         while more or waiting:

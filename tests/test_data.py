@@ -549,7 +549,7 @@ def test_a_missing_file_a_folder_and_a_pipe(tmp_path, nano):
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}: (cannot be read|not a regular file)"):
             read_rows(path)
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}: (cannot be read|not a regular file)"):
-            data.read_tokens(path, nano, "")  # the cache hashes the file first
+            data.read_tokens(path, nano, "")
     with pytest.raises(UserError, match="cannot be read"):
         data.read_tokens(Path("\ud800.jsonl"), nano, "")
 

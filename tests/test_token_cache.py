@@ -59,8 +59,8 @@ def test_processes_and_cache_give_the_same_tokens(cache, tmp_path, nano, monkeyp
     alone = read(path, nano, use_cache=False)
     monkeypatch.setattr(token_cache, "SMALL", 0)
     n_open = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    pieces = list(token_cache.encoded(token_cache.Rows(path), data.make_encoder, (
-        nano.folder, {"template": data.load_template("alpaca", nano)})))
+    pieces = list(token_cache.encoded(token_cache.Rows(path), data.make_encoder, nano.folder, {
+        "template": data.load_template("alpaca", nano)}))
     assert len(pieces) == 7  # none of them keeps anything open, as a tensor of another process would
     assert not n_open or len(os.listdir("/proc/self/fd")) <= n_open + 1
     assert same(read(path, nano, use_cache=False), alone) and not cache.exists()  # in processes
