@@ -404,7 +404,7 @@ def test_a_second_ctrl_c_stops_at_once(go, tmp_path, monkeypatch):
 
 def test_a_save_that_breaks_off_leaves_the_last_one(go, tmp_path, monkeypatch):
     """The run dies when half a file is written. The earlier file is still there."""
-    real, calls = weights.save_file, []
+    real, calls = writing.save_file, []
 
     def breaks_off(tensors, path, metadata):
         real(tensors, path, metadata)
