@@ -150,6 +150,7 @@ class GPT2(nn.Module):
     prefix = "transformer."  # newer checkpoints and PEFT adapters put this before every name but the head's
     head_name = "lm_head"
     default_targets = ("c_attn.q", "c_attn.v")
+    keys_and_values, outputs = ("c_attn.k", "c_attn.v"), ("attn.c_proj", "mlp.c_proj")  # for the methods in methods/
 
     def __init__(self, config: Config):
         super().__init__()

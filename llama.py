@@ -278,6 +278,7 @@ class Llama(nn.Module):
     prefix = ""  # the names in this file are the checkpoint's complete names
     head_name = "lm_head"
     default_targets = ("q_proj", "v_proj")
+    keys_and_values, outputs = ("k_proj", "v_proj"), ("o_proj", "down_proj")  # for the methods in methods/
 
     def __init__(self, config: Config):
         super().__init__()

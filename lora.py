@@ -42,6 +42,8 @@ class LoRALinear(nn.Module):
     parts: which parts of W have an adapter each, such as ("q", "v") of c_attn; None: one adapter for all of W.
     """
 
+    method = "lora"  # --method; model.method names the one that a model has
+
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
                  parts: tuple[str, ...] | None = None, device=None):
         super().__init__()
@@ -79,7 +81,10 @@ class LoRALinear(nn.Module):
                                   for p, rows in self.base_layer.parts.items()])
 
     def forward(self, x):
-        h = self.base_layer(x)  # (..., out)
+        return self.adapt(self.base_layer(x), x)
+
+    def adapt(self, h, x):
+        """The base's output h (..., out) for the input x (..., in) -> h + (alpha / r) B A x."""
         z = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., R)
         B = self.B().t().to(z.dtype)
         return torch.addmm(h.flatten(0, -2), z.flatten(0, -2), B, alpha=self.scale).view_as(h)  # h + scale z B^T
@@ -95,6 +100,10 @@ class LoRALinear(nn.Module):
     def product(self, B, A):
         d = self.scale * (B @ A)  # (out, in)
         return d.t() if getattr(self.base_layer, "fan_in_fan_out", False) else d
+
+    def merged(self, W: torch.Tensor) -> torch.Tensor:
+        """The weight W of the base layer, float32, with this adapter in it."""
+        return W + self.delta()
 
     @property
     def weight(self):
@@ -119,14 +128,15 @@ def is_linear(module) -> bool:
 
 
 def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets: str | list[str] | None = None,
-           rslora: bool = False, init: str = "default",
-           stored: Callable[[str], torch.Tensor] | None = None) -> nn.Module:
+           rslora: bool = False, init: str = "default", stored: Callable[[str], torch.Tensor] | None = None,
+           layer: type[LoRALinear] = LoRALinear) -> nn.Module:
     """Put adapters on the linear layers that `targets` names, and freeze every other weight. Returns the model.
 
     targets: names such as ["q_proj", "v_proj"] or ["c_attn"]: a layer matches if its name ends with one of them.
     ["c_attn.q"] is one part of a fused matrix, "all" every linear layer of the blocks, None the layers of q and v.
     init: "default", "loftq" or "pissa" (techniques/lora_init.py). The last two need the weights as the checkpoint stores
     them: stored(name) -> float32, for example files.weights.StoredWeights(model.source).read.
+    layer: a subclass of LoRALinear that adapts otherwise (methods/dora.py).
     Raises UserError for r < 1, alpha <= 0, dropout outside [0, 1), a model that already has adapters, a target that matches
     nothing, or an init that is not possible.
     """
@@ -141,10 +151,21 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
         lora_init.check(init, model.bits, None, alpha)
         if stored is None:
             raise ValueError(f"init={init!r} needs the weights as stored, such as StoredWeights(model.source).read")
-    model.requires_grad_(False)
     linears = {n: m for n, m in model.named_modules() if is_linear(m)}
-    chosen: dict[str, set] = {}  # layer name -> its parts; {None} is the whole layer
-    for target in [targets] if isinstance(targets, str) else targets or model.default_targets:
+    chosen = choose(model, linears, [targets] if isinstance(targets, str) else targets or model.default_targets)
+    model.requires_grad_(False)
+    for name, parts in chosen.items():
+        replace(model, name, layer(linears[name], r, alpha, dropout, rslora, parts))
+    model.lora_init, model.method = init, layer.method
+    if init != "default":
+        lora_init.set_start(adapters(model), init, stored)
+    return model
+
+
+def choose(model: nn.Module, linears: dict, targets: list[str]) -> dict[str, tuple[str, ...] | None]:
+    """The layers that `targets` name: {name: the parts of it, or None for the whole layer}. Raises UserError."""
+    chosen: dict[str, set] = {}
+    for target in targets:
         matching = matches(model, linears, target)
         if not matching:
             last_names = {n.rsplit(".", 1)[-1]: m for n, m in linears.items()}
@@ -152,17 +173,12 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
             raise UserError(f"--lora-targets {target}: no such layer; this model has {', '.join(sorted(names))}")
         for name, part in matching:
             chosen.setdefault(name, set()).add(part)
-    for name, parts in chosen.items():
-        parts = None if None in parts else tuple(p for p in linears[name].parts if p in parts)  # in the matrix's order
-        replace(model, name, LoRALinear(linears[name], r, alpha, dropout, rslora, parts))
-    model.lora_init = init
-    if init != "default":
-        lora_init.set_start(adapters(model), init, stored)
-    return model
+    return {name: None if None in parts else tuple(p for p in linears[name].parts if p in parts)  # in the matrix's order
+            for name, parts in chosen.items()}
 
 
 def refuse_adapters(model: nn.Module):
-    if adapters(model):
+    if getattr(model, "method", None):
         raise UserError("this model already has adapters; merge them first")
 
 
@@ -221,8 +237,9 @@ def merge(model: nn.Module) -> nn.Module:
                             f"would not be exact; load the model with bits=32 and its adapter, then merge")
     for name, m in adapters(model).items():
         # A new tensor, not +=: a tied head shares its weight with the embedding, and the embedding must not change.
-        m.base_layer.weight = nn.Parameter((m.base_layer.weight + m.delta()).detach(), requires_grad=False)
+        m.base_layer.weight = nn.Parameter(m.merged(m.base_layer.weight).detach(), requires_grad=False)
         replace(model, name, m.base_layer)
         if name == model.head_name:
             model.config.tied_head = False
+    model.method = None
     return model

@@ -199,6 +199,7 @@ class Phi(nn.Module):
     prefix = ""  # the names in this file are the checkpoint's complete names
     head_name = "lm_head"
     default_targets = ("q_proj", "v_proj")
+    keys_and_values, outputs = ("k_proj", "v_proj"), ("self_attn.dense", "fc2")  # for the methods in methods/
 
     def __init__(self, config: Config):
         super().__init__()

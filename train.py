@@ -105,7 +105,7 @@ def train(run: state.Run, plan: Plan, val_sets: dict, params: dict, predictor: a
         while not run.ended:
             start, lr = time.perf_counter(), learning_rate(run.step, cfg)
             for group in run.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("times", 1)  # --lora-plus
             examples = plan.micro_batches(run.step)
             with watch.step(run.step) as timed:
                 batches = [hooks.collate(m, cfg.pack, cfg.max_length) for m in examples]

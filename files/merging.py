@@ -49,7 +49,7 @@ class Merge:
     def merged(self, name: str) -> torch.Tensor:
         """A weight of the merged model, float32."""
         W, m = self.stored.read(name), self.adapters.get(name.removesuffix(".weight"))
-        return W + (m.delta() - m.start_delta()) if m else W
+        return m.merged(W) - m.start_delta() if m else W
 
     @torch.no_grad()
     def trained(self, name: str) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Merge:
             W = W.t() if getattr(linear, "fan_in_fan_out", False) else W
         elif self.bits in (16, 8, 4):
             W = W.to(device_of("cpu").half).float()
-        return W + m.delta() if m else W
+        return m.merged(W) if m else W
 
 
 def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

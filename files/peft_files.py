@@ -26,8 +26,9 @@ from torch import nn
 
 import lora
 from errors import UserError
-from files import weights, writing
+from files import method_files, weights, writing
 from files.json_files import check, checked, parse_json, read_json, show
+from methods import dora
 from techniques import lora_init
 
 
@@ -45,6 +46,8 @@ STARTS = {"default": Start(), "loftq": Start(start_file=True, same_bits=True), "
 
 def save(model: nn.Module, folder):
     """Write the model's adapters to `folder` as PEFT does. Only the adapters: MBs, not GBs. Raises UserError."""
+    if getattr(model, "method", None) in method_files.TYPES:
+        return method_files.save(model, folder)
     adapters, rule = lora.adapters(model), STARTS[getattr(model, "lora_init", "default")]
     if not adapters:
         raise UserError(f"{folder}: nothing to save, the model has no adapters")
@@ -57,6 +60,8 @@ def save(model: nn.Module, folder):
         elif m.start_A is not None:
             starts |= {f"{key}A.weight": m.start_A, f"{key}B.weight": m.start_B}
         tensors |= {f"{key}A.weight": A, f"{key}B.weight": B}
+        if isinstance(m, dora.DoRALinear):
+            tensors[f"{key}magnitude_vector"] = m.whole_magnitude()
         ranks[name] = rank = len(A)  # r times the number of parts, times 2 if joined; alpha grows with it: s is the same
         alphas[name] = m.scale * (math.sqrt(rank) if m.rslora else rank)
     first, one = next(iter(adapters.items()))
@@ -67,7 +72,8 @@ def save(model: nn.Module, folder):
         # Layers that differ from the first one: c_attn with q and v has rank 2r, a whole matrix has rank r.
         "rank_pattern": {n: rank for n, rank in ranks.items() if rank != r},
         "alpha_pattern": {n: a for n, a in alphas.items() if a != alpha},
-        "use_rslora": one.rslora, "target_modules": sorted(adapters), "bias": "none", "modules_to_save": None,
+        "use_rslora": one.rslora, "use_dora": one.method == "dora", "target_modules": sorted(adapters), "bias": "none",
+        "modules_to_save": None,
         "fan_in_fan_out": getattr(one.base_layer, "fan_in_fan_out", False), "inference_mode": True,
         "init_lora_weights": True,
     }
@@ -93,6 +99,7 @@ class AdapterConfig:
     lora_alpha: float = field(metadata=SCALE)
     lora_dropout: float = field(default=0.0, metadata={"least": 0, "most": 0.999})
     use_rslora: bool = False
+    use_dora: bool = False
     bias: str = "none"
     rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict = field(default_factory=dict)
@@ -104,7 +111,7 @@ class AdapterConfig:
 # PEFT's ways to start an adapter that leave the base as it is. The others change it, and their adapter fits no other base.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 # adapter_config.json options that change the arithmetic and are not implemented: refused unless switched off.
-UNSUPPORTED = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication",
+UNSUPPORTED = ("modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication",
                "use_qalora", "alora_invocation_tokens", "target_parameters")
 
 
@@ -185,6 +192,8 @@ def options(folder, name: str) -> dict:
 
     An adapter of PEFT may have several ranks and alphas: those of the first layer. No weights are read. Raises UserError.
     """
+    if method_files.method_of(folder) != "lora":
+        return method_files.options(folder, name)
     config, model_class, _ = weights.config_of(name)
     model = weights.without_storage(model_class, config)
     adapters = read(model, folder, device="cpu")
@@ -194,8 +203,8 @@ def options(folder, name: str) -> dict:
         short, whole = (".".join(filter(None, (n, part))) for n in (layer.rpartition(".")[2], layer))
         names.add(short if layers.issuperset(lora.matches(model, linears, short)) else whole)
     first = next(iter(adapters.values()))
-    return {"lora_r": first.r, "lora_alpha": float(first.alpha), "lora_dropout": float(first.dropout),
-            "rslora": first.rslora, "lora_targets": ",".join(sorted(names)), "lora_init": trained_with(folder)[0]}
+    return {"method": first.method, "lora_r": first.r, "lora_alpha": float(first.alpha),
+            "lora_dropout": float(first.dropout), "rslora": first.rslora, "lora_targets": ",".join(sorted(names)), "lora_init": trained_with(folder)[0]}
 
 
 def load(model: nn.Module, folder):
@@ -204,6 +213,8 @@ def load(model: nn.Module, folder):
     Loading is strict: every tensor must have its layer, and every layer both of its tensors. Raises UserError.
     """
     lora.refuse_adapters(model)
+    if method_files.method_of(folder) != "lora":
+        return method_files.load(model, folder)
     adapters = read(model, folder)
     init, bits = trained_with(folder)
     if STARTS[init].same_bits and bits != model.bits:
@@ -214,6 +225,7 @@ def load(model: nn.Module, folder):
     model.requires_grad_(False)
     for name, m in adapters.items():
         lora.replace(model, name, m)
+        model.method = m.method
     restore_base(model, init)
     return model
 
@@ -236,12 +248,15 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickle weights are not loaded; save the adapter as safetensors")
     linears = {n: m for n, m in model.named_modules() if lora.is_linear(m)}
-    factors, (all_parts, init, _) = read_factors(model, path, linears)
+    kinds = (*KINDS, "lora_magnitude_vector") if config.use_dora else KINDS
+    factors, (all_parts, init, _) = read_factors(model, path, linears, kinds)
+    if config.use_dora:
+        dora.refuse_head(model, factors)
     rule = STARTS[init]
     start_path = folder / "start.safetensors"
     starts = read_factors(model, start_path, linears)[0] if rule.start_file else {}
     for name, (a, b) in starts.items():
-        if name not in factors or (a.shape, b.shape) != tuple(t.shape for t in factors[name]):
+        if name not in factors or (a.shape, b.shape) != tuple(t.shape for t in factors[name][:2]):
             raise UserError(f"{start_path}: layer {name} does not fit the adapter in {path.name}")
     targets = config.target_modules if isinstance(config.target_modules, list) and not config.layers_to_transform else []
     for name in linears:
@@ -251,7 +266,7 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
     ranks = by_layer(config.rank_pattern, list(names.values()), config_path, "rank_pattern", int, RANK)
     alphas = by_layer(config.alpha_pattern, list(names.values()), config_path, "alpha_pattern", float, SCALE)
     modules = {}
-    for name, (a, b) in factors.items():
+    for name, (a, b, *magnitude) in factors.items():
         base, parts = linears[name], tuple(all_parts.get(name, ())) or None
         if parts and parts != tuple(p for p in getattr(base, "parts", ()) if p in parts):
             raise UserError(f"{path}: layer {name} has no such parts: {show(parts)}")
@@ -261,7 +276,8 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
             raise UserError(f"{path}: layer {name} has rank {len(a)}, adapter_config.json says {rank}"
                             + (f"; it must be a multiple of {n}" if n > 1 else ""))
         alpha /= math.sqrt(n) if config.use_rslora else n  # the saved alpha is for the whole rank
-        m = lora.LoRALinear(base, rank // n, alpha, config.lora_dropout, config.use_rslora, parts, device)
+        layer = dora.DoRALinear if config.use_dora else lora.LoRALinear
+        m = layer(base, rank // n, alpha, config.lora_dropout, config.use_rslora, parts, device)
         if rule.joined:
             (a, a0), (b, b0) = a.chunk(2), b.chunk(2, 1)
             m.keep_start(a0, -b0)
@@ -271,21 +287,29 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
             m.lora_A.copy_(a)
             for rows, own, columns in zip(m.rows(), m.lora_B, b.split(m.r, 1)):
                 own.copy_(columns[rows])
+            if config.use_dora:
+                m.set_magnitude(*magnitude)
         if not torch.equal(m.B().cpu(), b):
             raise UserError(f"{path}: layer {name}: B is not block diagonal over {', '.join(parts)}")
         modules[name] = m
     return modules
 
 
-def read_factors(model: nn.Module, path: Path, linears: dict) -> tuple[dict, tuple]:
-    """A file of adapters -> {layer name: (A (R, in), B (out, R))} in float32, and what `read_about` finds in the file."""
+KINDS = ("lora_A", "lora_B")
+
+
+def read_factors(model: nn.Module, path: Path, linears: dict, kinds=KINDS) -> tuple[dict, tuple]:
+    """A file of adapters -> {layer: (A (R, in), B (out, R))} in float32, and what `read_about` finds in the file.
+
+    kinds: with "lora_magnitude_vector" as a third one, each layer has its magnitude (out,) too (DoRA).
+    """
     with weights.opened(path) as f:
         tensors, about = {k: f.get_tensor(k) for k in f.keys()}, read_about(f, path)  # noqa: SIM118 (no dict)
     places = {f"base_model.model.{weights.checkpoint_name(model, n)}": n for n in linears}
     factors: dict[str, dict] = {}
     for key, tensor in tensors.items():
         layer, _, kind = key.removesuffix(".weight").rpartition(".")
-        if kind not in ("lora_A", "lora_B") or layer not in places:
+        if kind not in kinds or layer not in places:
             raise UserError(f"{path}: tensor {key} has no place in this model")
         if not tensor.is_floating_point():
             raise UserError(f"{path}: tensor {key} holds {tensor.dtype}; an adapter's numbers are not integers")
@@ -297,11 +321,13 @@ def read_factors(model: nn.Module, path: Path, linears: dict) -> tuple[dict, tup
         raise UserError(f"{path}: the adapter is empty")
     for name, ab in factors.items():
         base = linears[name]
-        if len(ab) != 2:
+        if len(ab) != len(kinds):
             raise UserError(f"{path}: layer {name} has {' and '.join(ab)} only")
-        a, b = ab["lora_A"], ab["lora_B"]
+        a, b, *magnitude = (ab[kind] for kind in kinds)
         if a.dim() != 2 or b.shape != (base.out_features, len(a)) or a.shape[1] != base.in_features:
             raise UserError(f"{path}: layer {name} is ({base.out_features}, {base.in_features}), "
                             f"its adapter B {list(b.shape)}, A {list(a.shape)}")
-        factors[name] = a, b
+        if magnitude and magnitude[0].shape != (base.out_features,):
+            raise UserError(f"{path}: layer {name} has {base.out_features} rows, its magnitude {list(magnitude[0].shape)}")
+        factors[name] = a, b, *magnitude
     return factors, about

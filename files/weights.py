@@ -45,6 +45,8 @@ from techniques.device import device_of, type_name
 #      head_name, head     the name of the output projection (a linear layer), and the layer itself
 #      blocks              the nn.ModuleList of the layers
 #      default_targets     names of the linear layers that get an adapter, unless --lora-targets names others
+#      keys_and_values     the linear layers that make k and v (methods/ia3.py)
+#      outputs             those whose results are added to the residual stream: of attention, of the MLP
 #      tie()               if config.tied_head, make the head's weight the embedding's. __init__ and `load` below call it
 #      hidden(ids, positions=None, segments=None, cache=None)   ids (B, T) -> (B, T, C), the output of the final norm.
 #                          Layer i runs through `recompute` while gradients are on and (i + 1) % ckpt_every is 0 (never if

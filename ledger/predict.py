@@ -52,8 +52,12 @@ def predict(cfg: TrainConfig, raw_config: dict, steps: list, machine: dict) -> d
     gpu = cfg.device if torch.device(cfg.device).type == "cuda" else None  # (Apple's GPU has no memory of its own)
     cfg = dataclasses.replace(cfg, device="cpu", resume=False)
     steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in step] for step in steps]
-    like = peft_files.read(weights.without_storage(*reversed(weights.config_from(raw_config))), cfg.adapter,
-                           device="cpu") if cfg.adapter else None
+    like = None
+    if cfg.adapter and cfg.method in ("lora", "dora"):
+        model = weights.without_storage(*reversed(weights.config_from(raw_config)))
+        like = peft_files.read(model, cfg.adapter, device="cpu")
+    elif not cfg.full:  # the shapes follow from the options
+        cfg = dataclasses.replace(cfg, adapter=None, virtual_init=cfg.virtual_init and "random")
     with (one_thread(), torch.random.fork_rng([]), Hollow(), pretend("cpu", predicted_device(gpu, machine)) as device,
           mock.patch.object(F, "dropout", masking_dropout if gpu else F.dropout)):
         model = hollow_model(raw_config, 32 if cfg.full else cfg.bits, compute_dtype("cpu", cfg.amp))

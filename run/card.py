@@ -16,9 +16,13 @@ def write(folder: Path, run, val_loss: float | None):
     cfg, seen = run.cfg, run.seen
     base = base_name(cfg.model)
     targets = cfg.lora_targets or ",".join(() if cfg.full else run.model.default_targets)
+    low_rank = f" of rank {cfg.lora_r} and alpha {cfg.lora_alpha:g} on {targets.replace(',', ', ')}"
+    what = {"lora": f"A LoRA adapter{low_rank}", "dora": f"A DoRA adapter{low_rank}", "ia3": "(IA)^3 factors",
+            "bottleneck": f"Bottleneck adapters of width {cfg.bottleneck} (a format of Bytewise's own)",
+            "prompt": f"A soft prompt of {cfg.virtual_tokens} virtual tokens",
+            "prefix": f"A prefix of {cfg.virtual_tokens} virtual tokens"}[cfg.method]
     kind = "Every weight was trained" if cfg.full else (
-        f"A LoRA adapter of rank {cfg.lora_r} and alpha {cfg.lora_alpha:g} on {targets.replace(',', ', ')}, "
-        f"over weights in {cfg.bits} bit" + ("; it continues another adapter" if cfg.adapter else ""))
+        f"{what}, over weights in {cfg.bits} bit" + ("; it continues another adapter" if cfg.adapter else ""))
     files = ", ".join(f"`{printable(Path(part).name)}`" for part in cfg.data.split(","))
     lines = [f"{kind}.", f"Data: {files}.", f"Step {run.step} of {cfg.steps}, each of "
              f"{cfg.batch_size * cfg.grad_accum} examples; highest learning rate {cfg.lr:g}."]
@@ -26,7 +30,7 @@ def write(folder: Path, run, val_loss: float | None):
         lines.append(f"Held-out loss, in nats for each labelled token: {seen['val_before']:.4f} before training, "
                      f"{val_loss:.4f} after this step.")
     body = f"\n# {base}, fine-tuned with Bytewise\n\n" + "".join(f"* {line}\n" for line in lines)
-    writing.write_text(folder / "README.md", front_matter(base, "transformers" if cfg.full else "peft") + body)
+    writing.write_text(folder / "README.md", front_matter(base, "transformers" if cfg.full else "peft", cfg.method) + body)
 
 
 def write_merged(folder: Path, model: str, dtype: str):
@@ -36,8 +40,8 @@ def write_merged(folder: Path, model: str, dtype: str):
                        f"The adapter is merged into the weights, which are in {dtype}. Merged with Bytewise.\n")
 
 
-def front_matter(base: str, library: str) -> str:
-    tags = "tags:\n- lora\n" if library == "peft" else ""
+def front_matter(base: str, library: str, method: str = "lora") -> str:
+    tags = f"tags:\n- {method}\n" if library == "peft" else ""
     return f"---\nbase_model: {json.dumps(base, ensure_ascii=False)}\nlibrary_name: {library}\n{tags}{LAST}"
 
 

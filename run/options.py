@@ -17,6 +17,7 @@ import torch
 from errors import UserError
 from files import peft_files
 from files.hub import ASSETS
+from methods import METHODS, prompt
 from run import trackers
 from techniques import lora_init
 from techniques.compilation import check_compiler
@@ -43,6 +44,8 @@ class TrainConfig:
     from_scratch: bool = option(False, "model", "start from random weights (pretraining); needs --full")
     adapter: str = option(None, "lora", "start from the adapter in this folder, trained here or by PEFT, with its rank, "
                           "alpha and layers; if it was trained in 8 or 4 bits, in these", type=str)
+    method: str = option("lora", "lora", "what is trained beside the frozen weights (see methods/__init__.py)",
+                         choices=METHODS)
     lora_r: int = option(8, "lora", "rank r of the adapters")
     lora_alpha: float = option(16.0, "lora", "the adapters' output is scaled by alpha / r")
     lora_dropout: float = option(0.0, "lora", "dropout on the adapters' input")
@@ -51,6 +54,11 @@ class TrainConfig:
     rslora: bool = option(False, "lora", "scale by alpha / sqrt(r) instead of alpha / r")
     lora_init: str = option("default", "lora", "where adapters start: at zero, at the error of rounding to 8 or 4 bits "
                             "(loftq), at the weights' largest directions (pissa)", choices=lora_init.INITS)
+    lora_plus: float = option(None, "lora", "LoRA+: B learns at this many times the rate of A; the paper has 16", type=float)
+    bottleneck: int = option(None, "lora", "inner width of --method bottleneck (default: 64)", type=int)
+    virtual_tokens: int = option(None, "lora", "of --method prompt and prefix (default: 20)", type=int)
+    virtual_init: str = option(None, "lora", "where virtual tokens start: random, words (some, at random), or this text "
+                               "(default: words)", type=str)
     full: bool = option(False, "lora", "train every weight, no adapters")
     data: str = option(None, "data", "JSON, JSONL, CSV, TXT or Parquet file, or its .gz; a folder of them; or several, with "
                        "weights: a.jsonl:2,b.jsonl (default: the bundled assets/support.jsonl)", type=str)
@@ -113,6 +121,8 @@ def default_lr(width: int, full: bool) -> float:
 RANGES = [  # options, whether a value is possible (no comparison with nan is true), and the words of the refusal
     ("max_length batch_size grad_accum epochs steps eval_every save_every eval_examples patience keep sample_every",
      lambda n: n >= 1, "must be at least 1"),
+    ("bottleneck virtual_tokens", lambda n: 1 <= n <= 1_000_000, "must be from 1 to 1,000,000"),
+    ("lora_plus", lambda x: 0 < x <= 1e6, "must be above 0 and at most 1,000,000"),
     ("lora_r", lambda n: n >= 1, "the rank must be at least 1 (or train every weight with --full)"),
     ("batch_size", lambda n: n <= 10_000, "must be at most 10,000; for larger steps there is --grad-accum"),
     ("ckpt_every warmup_steps weight_decay clip samples", lambda x: 0 <= x < math.inf,
@@ -144,7 +154,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         if cfg.adapter:
             raise UserError("--adapter with --full: merge the adapter first (python export.py merge), then train the merged "
                             "model with --full")
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "lora_init"):
+        for name in ("method", *OF_METHOD):
             if getattr(cfg, name) != getattr(default, name):
                 raise UserError(f"--{name.replace('_', '-')} has no effect with --full, which trains the weights themselves")
         if cfg.bits in (8, 4) or cfg.bits == 16 and cfg.optimizer != "offload_adamw":
@@ -152,6 +162,8 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
                             f"keeps float32 masters of 16-bit weights; adapters, without --full, train over {cfg.bits} bits")
     elif cfg.from_scratch:
         raise UserError("--from-scratch needs --full: adapters on frozen random weights learn nothing")
+    if not cfg.adapter:  # (else the adapter's own method is known first: take_over)
+        resolve_method(cfg)
     if cfg.val_data and cfg.val_frac != default.val_frac:
         raise UserError("--val-frac has no effect with --val-data")
     if cfg.data is None:
@@ -160,7 +172,7 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
         cfg.data, cfg.val_data = str(ASSETS / "support.jsonl"), str(ASSETS / "support-heldout.jsonl")
     if cfg.steps and cfg.epochs != default.epochs:
         raise UserError("--steps and --epochs both say how long to train; give one")
-    if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full:
+    if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full and cfg.method in ("lora", "dora"):
         # With 4M parameters, adapters on Q and V alone learn too little, and default_lr fits larger models. See LOG.md.
         cfg.lora_targets, cfg.lr = None if cfg.adapter else "all", 5e-3 if cfg.lr is None else cfg.lr
     if cfg.sample_every and not cfg.samples:
@@ -187,17 +199,43 @@ def resolve_for(cfg: TrainConfig, config, stored: int | None):
     """
     if cfg.adapter and not cfg.resume:
         take_over(cfg)
+        resolve_method(cfg)
     cfg.bits = resolve_bits(cfg, stored)
-    cfg.max_length = cfg.max_length or min(512, config.n_positions)
-    if cfg.max_length > config.n_positions:
-        raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has {config.n_positions} positions")
+    positions, virtual = config.n_positions - (cfg.virtual_tokens or 0), ""
+    if cfg.virtual_tokens:
+        prompt.check(config, cfg.virtual_tokens)
+        virtual = f", and {cfg.virtual_tokens} of them are virtual tokens"
+    cfg.max_length = cfg.max_length or min(512, positions)
+    if cfg.max_length > positions:
+        raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has {config.n_positions} positions{virtual}")
     if cfg.ckpt_every > config.n_layer:
         raise UserError(f"--ckpt-every {cfg.ckpt_every} recomputes nothing: {cfg.model} has {config.n_layer} layers")
     # Each layer has n_embd inputs or outputs: its rank is at most that.
-    if not cfg.full and not cfg.adapter and cfg.lora_r > config.n_embd:
+    if not cfg.full and not cfg.adapter and cfg.method in ("lora", "dora") and cfg.lora_r > config.n_embd:
         raise UserError(f"--lora-r {cfg.lora_r}: {cfg.model} is {config.n_embd} wide; an adapter of a higher rank has more "
                         f"parameters and learns no more")
     cfg.lr = default_lr(config.n_embd, cfg.full) if cfg.lr is None else cfg.lr
+
+
+OF_METHOD = {  # options and the methods that have them
+    "lora_r": ("lora", "dora"), "lora_alpha": ("lora", "dora"), "lora_dropout": ("lora", "dora"),
+    "lora_targets": ("lora", "dora"), "rslora": ("lora", "dora"), "lora_plus": ("lora", "dora"), "lora_init": ("lora",),
+    "bottleneck": ("bottleneck",), "virtual_tokens": ("prompt", "prefix"), "virtual_init": ("prompt", "prefix")}
+
+
+def resolve_method(cfg: TrainConfig):
+    """Refuse the options of another --method, and fill in those of this one. Raises UserError."""
+    default = TrainConfig()
+    for name, methods in OF_METHOD.items():
+        if cfg.method not in methods and getattr(cfg, name) != getattr(default, name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect with --method {cfg.method}, only with "
+                            f"{' and '.join(methods)}")
+    if cfg.method == "bottleneck":
+        cfg.bottleneck = cfg.bottleneck or 64
+    if cfg.method in ("prompt", "prefix"):
+        cfg.virtual_tokens, cfg.virtual_init = cfg.virtual_tokens or 20, cfg.virtual_init or "words"
+    if cfg.method == "prefix" and cfg.compile:
+        raise UserError("--compile with --method prefix: a block that is given a prefix is not compiled; leave one out")
 
 
 def take_over(cfg: TrainConfig):

@@ -36,8 +36,9 @@ def shuffled(lengths: torch.Tensor, batch_size: int, grad_accum: int, seed: int,
 class Plan:
     """The examples of each optimizer step of a run. shuffled() is called once for each epoch."""
 
-    def __init__(self, data: Dataset, batch_size: int, grad_accum: int, seed: int, pack: bool = False):
+    def __init__(self, data: Dataset, batch_size: int, grad_accum: int, seed: int, pack: bool = False, n_virtual: int = 0):
         self.data, self.pack, self.how = data, pack, (batch_size, grad_accum, seed)
+        self.n_virtual = n_virtual  # positions before each example (methods/prompt.py)
         self.steps_per_epoch = math.ceil(len(data) / (batch_size * grad_accum))
         self.epoch = self.order = self.steps = None
 
@@ -60,7 +61,7 @@ class Plan:
         """(positions, labels, whether gradients exist already) of each micro-batch. Its memory grows with all three."""
         sizes = []
         for i, m in enumerate(self.numbers(step)):
-            lengths = self.data.lengths[m]
+            lengths = self.data.lengths[m] + self.n_virtual
             positions = lengths.sum() if self.pack else len(m) * lengths.max()
             sizes.append((int(positions), int(self.data.labels[m].sum()), i > 0))
         return sizes
@@ -89,6 +90,7 @@ class Plan:
         missing = -len(self.order) % batch_size  # examples of length 0 fill the last micro-batch
         lengths, labels = (torch.nn.functional.pad(x[self.order], (0, missing)).view(-1, batch_size)
                            for x in (self.data.lengths, self.data.labels))
+        lengths += self.n_virtual * (lengths > 0)
         positions = lengths.sum(1) if self.pack else (lengths > 0).sum(1) * lengths.max(1).values
         labels, number = labels.sum(1), torch.arange(len(lengths))
         step_of = torch.empty_like(self.steps)  # the place of each step in the epoch's order of steps

@@ -9,6 +9,7 @@ import data
 import lora
 from errors import UserError
 from files import conversations, fingerprint, peft_files, rows, weights
+from methods import bottleneck, dora, ia3, prefix, prompt
 from run.options import TrainConfig
 from run.plan import Plan
 from techniques.device import compute_dtype, device_of
@@ -86,7 +87,7 @@ def of_files(spec: str):
 
 
 def plan_steps(train_set: data.Dataset, cfg: TrainConfig) -> Plan:
-    return Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack)
+    return Plan(train_set, cfg.batch_size, cfg.grad_accum, cfg.seed, cfg.pack, cfg.virtual_tokens or 0)
 
 
 def resolve_steps(cfg: TrainConfig, plan: Plan):
@@ -130,22 +131,55 @@ def set_trainable(model: nn.Module, cfg: TrainConfig, init: str = "default", lik
         model.requires_grad_(False)
         for name, m in like.items():
             base = model.get_submodule(name)
-            lora.replace(model, name, lora.LoRALinear(base, m.r, m.alpha, cfg.lora_dropout, m.rslora, m.parts))
+            lora.replace(model, name, type(m)(base, m.r, m.alpha, cfg.lora_dropout, m.rslora, m.parts))
     elif cfg.adapter:
         for m in lora.adapters(peft_files.load(model, cfg.adapter)).values():
             m.dropout = cfg.lora_dropout
-    else:
+    elif cfg.method in ("lora", "dora"):
         targets = cfg.lora_targets.split(",") if cfg.lora_targets else None
-        stored = weights.StoredWeights(cfg.model).read if init != "default" else None
-        lora.inject(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora, init, stored)
+        shape = (model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora)
+        if cfg.method == "dora":
+            dora.inject(*shape)
+        else:
+            lora.inject(*shape, init, weights.StoredWeights(cfg.model).read if init != "default" else None)
+    elif cfg.method == "ia3":
+        ia3.inject(model)
+    elif cfg.method == "bottleneck":
+        bottleneck.inject(model, cfg.bottleneck)
+    else:
+        {"prompt": prompt, "prefix": prefix}[cfg.method].inject(model, cfg.virtual_tokens, first_words(cfg))
     model.ckpt_every, model.ckpt_offload = cfg.ckpt_every, cfg.ckpt_offload
 
 
+def first_words(cfg: TrainConfig) -> list[int] | None:
+    """--virtual-init: the ids that virtual tokens start from. Words: drawn from the tokenizer's first 5,000 tokens after its
+    single bytes, which are its most frequent ones (Lester et al., section 3.2, draw from 5,000 too). Raises UserError."""
+    if cfg.virtual_init == "random":
+        return None
+    tokenizer = data.load_tokenizer(cfg.model)
+    if cfg.virtual_init == "words":
+        model_config, _, _ = weights.read_config(weights.find(cfg.model))
+        rng, most = torch.Generator().manual_seed(cfg.seed), min(5256, model_config.vocab_size)
+        return torch.randint(min(256, most // 2), most, (cfg.virtual_tokens,), generator=rng).tolist()
+    ids = tokenizer.encode(cfg.virtual_init)
+    if not ids:
+        raise UserError("--virtual-init: the text has no tokens")
+    return ids
+
+
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> AdamW:
-    """--optimizer for everything that is trained. Norms and biases get no weight decay."""
+    """--optimizer for everything that is trained. Norms and biases get no weight decay.
+
+    --lora-plus: B learns faster than A (LoRA+, Hayou et al., arXiv:2402.12354, section 4): A is random and already of the
+    right size, while B starts at 0. Each group has its learning rate as a multiple of the run's, "times".
+    """
+    fast = {p for m in lora.adapters(model).values() for p in m.lora_B} if cfg.lora_plus else set()
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+    groups = [{"params": [p for p in trained if p.dim() >= 2 and p not in fast], "weight_decay": cfg.weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    if fast:
+        groups.append({"params": [p for p in trained if p in fast], "weight_decay": cfg.weight_decay,
+                       "times": cfg.lora_plus})
     if cfg.optimizer != "offload_adamw":
         return OPTIMIZERS[cfg.optimizer](groups, cfg.lr)
     dtype = device_of(cfg.device).half if cfg.full and cfg.bits == 16 else torch.float32

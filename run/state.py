@@ -166,7 +166,7 @@ class Run:
                     m.keep_start(read(m.lora_A, f"start/{n}.A"), read(m.B(), f"start/{n}.B"))
             if left:  # a tensor that may be absent could be there under a damaged name
                 raise ValueError(f"tensor {min(left)} is not known")
-            if not self.cfg.full:
+            if self.cfg.method == "lora" and not self.cfg.full:
                 peft_files.restore_base(self.model, self.cfg.lora_init)
             torch.set_rng_state(like(torch.get_rng_state(), f, "rng/cpu"))
             if "rng/cuda" in names and torch.device(self.cfg.device).type == "cuda":
@@ -261,7 +261,8 @@ def finished(cfg: TrainConfig) -> dict | None:
 
 RESOLVED = ("bits", "device", "data", "max_length", "lr", "warmup_steps", "steps", "eval_every", "save_every")
 # A run of an older version has the defaults of these options.
-NEW = ("adapter", "eval_examples", "patience", "keep", "sample_every", "report", "columns", "skip_bad_rows")
+NEW = ("method", "lora_plus", "bottleneck", "virtual_tokens", "virtual_init", "adapter", "eval_examples", "patience", "keep",
+       "sample_every", "report", "columns", "skip_bad_rows")
 # A run may continue with another path, if the content is the same.
 MAY_MOVE = ("model", "data", "val_data", "template", "adapter")
 MAY_CHANGE = ("steps", "lr", "schedule")  # it may continue for longer, or at another rate; --epochs sets the steps

@@ -15,9 +15,10 @@ from techniques.device import device_of
 def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool = False):
     """q (B, H, T, D) over k, v (B, K, S, D) -> (B, H, T, D). Query head h reads key/value head h // (H / K).
 
-    S = T without a KV cache, and for the prompt when there is a cache: position t sees s <= t. A later token that comes
-    alone (T = 1) sees all S positions of the cache. No padding mask is needed: padding is on the right of every
-    real token, and a token sees only what is on its left.
+    Without a mask, the S - T places before the text are seen by all, and position t of the text sees s <= S - T + t.
+    Without a KV cache S = T, unless a trained prefix stands before the text, or before each of the `segments`
+    (methods/prefix.py). No padding mask is needed: padding is on the right of every real token, and a token sees only what
+    is on its left.
 
     mask: (B, 1, T, S), true where position t of row b sees s. Only a KV cache gives one (techniques/kv_cache.py), if its
     rows have different lengths, or if several tokens follow those in it. It is for generation: no gradients.
@@ -38,9 +39,17 @@ def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool 
             n, gqa = q.shape[1] // k.shape[1], False
             k, v = k.repeat_interleave(n, 1), v.repeat_interleave(n, 1)
         if segments is None:
-            return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=gqa)
-        pieces = zip(q.split(segments, 2), k.split(segments, 2), v.split(segments, 2), strict=True)
-        return torch.cat([scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa) for qkv in pieces], 2)
+            return one_text(q, k, v, mask, gqa)
+        longer = [t + (k.shape[2] - q.shape[2]) // len(segments) for t in segments]
+        pieces = zip(q.split(segments, 2), k.split(longer, 2), v.split(longer, 2), strict=True)
+        return torch.cat([one_text(*qkv, None, gqa) for qkv in pieces], 2)
+
+
+def one_text(q, k, v, mask, gqa: bool):
+    T, S = q.shape[2], k.shape[2]
+    if mask is None and 1 < T < S:  # is_causal would let position t see s <= t alone
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=gqa)
 
 
 class Float32Backward(torch.autograd.Function):

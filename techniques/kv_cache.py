@@ -33,7 +33,8 @@ class KVCache:
     """
 
     def __init__(self, config, max_length: int, slots: int = 0):
-        self.max_length, self.n_layer, self.lengths = max_length, config.n_layer, [0] * slots
+        self.max_length = max_length + getattr(config, "n_virtual", 0)  # (methods/prompt.py and prefix.py)
+        self.n_layer, self.lengths = config.n_layer, [0] * slots
         self.k, self.v = [None] * config.n_layer, [None] * config.n_layer  # each (slots, K, max_length, D)
         self.slots = self.counts = None  # all slots, and no padding
 
@@ -75,13 +76,7 @@ class KVCache:
         """
         if layer == 0:
             self.plan(*k.shape[::2], k.device)
-        if self.k[layer] is None:
-            shape = (len(self.lengths), k.shape[1], self.max_length, k.shape[3])
-            try:  # zeros: places beyond a row's length have the weight 0, but 0 * nan = nan
-                self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
-            except RuntimeError:
-                raise UserError(f"the KV cache ({shape[0]} slots of {shape[2]} tokens) does not fit into memory; use a "
-                                f"smaller --batch-size or --max-new-tokens") from None
+        self.allocate(layer, k)
         for kept, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.source is None:
                 kept[self.index, :, self.longest - new.shape[2]:self.longest] = new
@@ -92,6 +87,25 @@ class KVCache:
             for slot, end in self.ends.items():
                 self.lengths[slot] = end
         return self.k[layer][self.index, :, :self.longest], self.v[layer][self.index, :, :self.longest], self.mask
+
+    def allocate(self, layer: int, like: Tensor):
+        """Make room for a layer's k and v, if it has none, for heads as in `like` (..., K, T, D)."""
+        if self.k[layer] is None:
+            K, D = like.shape[-3], like.shape[-1]
+            shape = (len(self.lengths), K, self.max_length, D)
+            try:  # zeros: places beyond a row's length have the weight 0, but 0 * nan = nan
+                self.k[layer], self.v[layer] = like.new_zeros(shape), like.new_zeros(shape)
+            except RuntimeError:
+                raise UserError(f"the KV cache ({shape[0]} slots of {shape[2]} tokens) does not fit into memory; use a "
+                                f"smaller --batch-size or --max-new-tokens") from None
+
+    def fill(self, slot: int, k: Tensor, v: Tensor):
+        """Give an empty slot its first n tokens: k and v (n_layer, K, n, D), in the type in which the model computes."""
+        n = k.shape[2]
+        for layer in range(self.n_layer):
+            self.allocate(layer, k[layer])
+            self.k[layer][slot, :, :n], self.v[layer][slot, :, :n] = k[layer], v[layer]
+        self.lengths[slot] = n
 
     def plan(self, B: int, T: int, device):
         """What all layers of a forward share: where its tokens go, and what each of them sees."""
