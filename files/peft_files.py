@@ -28,7 +28,7 @@ import lora
 from errors import UserError
 from files import method_files, weights, writing
 from files.json_files import check, checked, parse_json, read_json, show
-from methods import dora
+from methods import dora, several
 from techniques import lora_init
 
 
@@ -44,11 +44,14 @@ class Start:
 STARTS = {"default": Start(), "loftq": Start(start_file=True, same_bits=True), "pissa": Start(joined=True)}
 
 
-def save(model: nn.Module, folder):
-    """Write the model's adapters to `folder` as PEFT does. Only the adapters: MBs, not GBs. Raises UserError."""
+def save(model: nn.Module, folder, name: str | None = None):
+    """Write the model's adapters to `folder` as PEFT does. Only the adapters: MBs, not GBs. Raises UserError.
+
+    name: which one, of a model with several adapters (methods/several.py).
+    """
     if getattr(model, "method", None) in method_files.TYPES:
         return method_files.save(model, folder)
-    adapters, rule = lora.adapters(model), STARTS[getattr(model, "lora_init", "default")]
+    adapters, rule = several.of(model, name) if name else lora.adapters(model), STARTS[getattr(model, "lora_init", "default")]
     if not adapters:
         raise UserError(f"{folder}: nothing to save, the model has no adapters")
     tensors, starts, ranks, alphas = {}, {}, {}, {}
@@ -230,6 +233,13 @@ def load(model: nn.Module, folder):
     return model
 
 
+def add(model: nn.Module, name: str, folder):
+    """Put the LoRA adapter in `folder` on the model, beside others, as `name` (methods/several.py). Raises UserError."""
+    if (method := method_files.method_of(folder)) != "lora":
+        raise UserError(f"{folder} holds {method}, and only LoRA adapters can share a model")
+    several.add(model, name, read(model, folder))
+
+
 def restore_base(model: nn.Module, init: str):
     """Set the base weights with which the model's adapters were trained. The adapters come from a file. Raises UserError."""
     model.lora_init = init
@@ -247,7 +257,7 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
     config = read_adapter_config(config_path)
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickle weights are not loaded; save the adapter as safetensors")
-    linears = {n: m for n, m in model.named_modules() if lora.is_linear(m)}
+    linears = several.linears(model)
     kinds = (*KINDS, "lora_magnitude_vector") if config.use_dora else KINDS
     factors, (all_parts, init, _) = read_factors(model, path, linears, kinds)
     if config.use_dora:
