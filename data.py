@@ -155,6 +155,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer, template: str, columns: dict |
 class Example:
     ids: list[int]  # what each position reads
     targets: list[int]  # what it must predict: the next token, or -100 (no label)
+    task: str | None = None  # --task-column
 
     @property
     def n_labels(self) -> int:
@@ -199,6 +200,7 @@ class Part:
     file: Examples
     rows: torch.Tensor
     examples: torch.Tensor
+    task: str | None = None  # of all its rows
 
     def kept(self, max_length: int) -> int:
         """The labelled tokens that are left if rows are cut at max_length."""
@@ -254,13 +256,20 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(sorted({p.task for p in self.parts if p.task}))
+
+    def task_of(self, i: int) -> str | None:
+        return self.parts[self.files[i]].task
+
     def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
             raise IndexError(i)
         start = int(self.starts[i])
         signed = self.parts[self.files[i]].file.tokens.tokens[start:start + int(self.lengths[i]) + 1]
         ids = torch.where(signed < 0, ~signed, signed)
-        return Example(ids[:-1].tolist(), torch.where(signed < 0, IGNORE, signed)[1:].tolist())
+        return Example(ids[:-1].tolist(), torch.where(signed < 0, IGNORE, signed)[1:].tolist(), self.task_of(i))
 
     def whole_row(self, i: int) -> torch.Tensor | None:
         """The tokens of example i's row, also those behind the cut, ~id if one is not learned. None for plain text."""
@@ -317,13 +326,13 @@ def split(files: list[Examples], fraction: float, seed: int, by_window: list[boo
     return train, held_out
 
 
-def prompts(data: Dataset, n: int, tokenizer: Tokenizer) -> list[tuple[list[int], str]]:
-    """At most n (ids of a prompt, the last reply of its row) pairs, spread evenly over the examples."""
+def prompts(data: Dataset, n: int, tokenizer: Tokenizer) -> list[tuple[list[int], str, str | None]]:
+    """At most n (ids of a prompt, the last reply of its row, its task), spread evenly over the examples."""
     pairs = (prompt_of(data, i, tokenizer) for i in range(0, len(data), max(1, len(data) // max(1, n))))
     return list(islice(filter(None, pairs), n))
 
 
-def prompt_of(data: Dataset, i: int, tokenizer: Tokenizer) -> tuple[list[int], str] | None:
+def prompt_of(data: Dataset, i: int, tokenizer: Tokenizer) -> tuple[list[int], str, str | None] | None:
     """The last learned tokens of example i's whole row, and what comes before them. None for plain text."""
     if (signed := data.whole_row(i)) is None:
         return None
@@ -331,7 +340,7 @@ def prompt_of(data: Dataset, i: int, tokenizer: Tokenizer) -> tuple[list[int], s
     first = next((j + 1 for j in range(last, -1, -1) if signed[j] < 0), 0)
     prompt, reply = signed[:first], signed[first:last + 1].tolist()
     return (torch.where(prompt < 0, ~prompt, prompt).tolist(),
-            tokenizer.decode([t for t in reply if t not in tokenizer.stop_ids])) if first else None
+            tokenizer.decode([t for t in reply if t not in tokenizer.stop_ids]), data.task_of(i)) if first else None
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -346,6 +355,8 @@ class Batch:
     n_tokens: int = 0  # without padding
     n_labels: int = 0
     labelled: torch.Tensor | None = None  # (n_labels,): where targets.view(-1) has a label
+    tasks: list[str | None] | None = None  # of each example, and labels_of: its labels. None: the run has no tasks
+    labels_of: list[int] | None = None
 
     def to(self, device) -> "Batch":
         for f in ("ids", "targets", "positions", "labelled"):
@@ -382,6 +393,8 @@ def collate(examples: list[Example], pack: bool = False, limit: int | None = Non
     batch.n_examples, batch.n_tokens = len(examples), sum(lengths)
     batch.labelled = (batch.targets.view(-1) != IGNORE).nonzero().squeeze(1)  # here: on a GPU the host would wait for it
     batch.n_labels = len(batch.labelled)
+    if examples[0].task:
+        batch.tasks, batch.labels_of = [e.task for e in examples], [e.n_labels for e in examples]
     return batch
 
 

@@ -34,7 +34,7 @@ from errors import UserError
 from files import weights
 from ledger import ask
 from ledger.fit import fit
-from run import prepare, record, state, trackers
+from run import prepare, record, state, tasks, trackers
 from run.evaluate import evaluate_run, is_due, why_not_finite
 from run.hooks import Hooks
 from run.interrupt import Interrupt, Interrupted
@@ -69,12 +69,14 @@ def train_step(model, optimizer, scaler, batches: list[data.Batch], cfg: TrainCo
     losses = []
     for batch in batches:  # each backward frees its graph: memory does not grow with grad_accum
         batch.to(cfg.device)
+        tasks.route(model, batch.tasks, batch.segments)  # --task-column: each example through the adapter of its task
         with autocast(cfg.device, cfg.amp):
             hidden = model.hidden(batch.ids, batch.positions, batch.segments)  # (B, T, C)
             loss = sum_of(model, batch, hidden) / n_labels
         losses.append(loss.detach())
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)  # before clipping: the threshold is in units of the true gradient
+    tasks.weigh(model, batches, optimizer.master)
     trained = [optimizer.master(p) for p in model.parameters() if p.requires_grad]
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
     # Read only now, and all losses at once: each read makes the host wait for a GPU.
@@ -145,10 +147,12 @@ def train(run: state.Run, plan: Plan, val_sets: dict, params: dict, predictor: a
 
 def replies(run: state.Run, prompts: list) -> list[str]:
     """What the model answers to each prompt: greedy decoding, at most 64 tokens."""
-    longest = max(1, run.model.config.n_positions - 64)
+    longest, texts = max(1, run.model.config.n_positions - 64), []
     with autocast(run.cfg.device, run.cfg.amp):
-        return [generate.reply(run.model, run.tokenizer, ids[-longest:], max_new_tokens=64, temperature=0)
-                for ids, _ in prompts]
+        for ids, _, task in prompts:
+            tasks.route(run.model, task and [task])
+            texts.append(generate.reply(run.model, run.tokenizer, ids[-longest:], max_new_tokens=64, temperature=0))
+    return texts
 
 
 def main(cfg: TrainConfig, **own) -> dict:
@@ -172,6 +176,7 @@ def main(cfg: TrainConfig, **own) -> dict:
     model_config, _, _ = weights.read_config(folder)
     resolve_for(cfg, model_config, weights.stored_bits(folder))
     tokenizer, template, train_set, val_sets = hooks.read_data(cfg)
+    cfg.tasks = prepare.tasks_of(cfg, train_set, val_sets)
     plan = prepare.plan_steps(train_set, cfg)
     if cfg.show_batch:
         print(data.show(plan.micro_batches(0)[0], tokenizer, sys.stdout.isatty()))

@@ -44,14 +44,15 @@ class Start:
 STARTS = {"default": Start(), "loftq": Start(start_file=True, same_bits=True), "pissa": Start(joined=True)}
 
 
-def save(model: nn.Module, folder, name: str | None = None):
+def save(model: nn.Module, folder, name: str = ""):
     """Write the model's adapters to `folder` as PEFT does. Only the adapters: MBs, not GBs. Raises UserError.
 
     name: which one, of a model with several adapters (methods/several.py).
     """
     if getattr(model, "method", None) in method_files.TYPES:
         return method_files.save(model, folder)
-    adapters, rule = several.of(model, name) if name else lora.adapters(model), STARTS[getattr(model, "lora_init", "default")]
+    adapters = several.of(model, name) if name else lora.adapters(model)
+    rule = STARTS[getattr(model, "lora_init", "default")]
     if not adapters:
         raise UserError(f"{folder}: nothing to save, the model has no adapters")
     tensors, starts, ranks, alphas = {}, {}, {}, {}
@@ -207,7 +208,8 @@ def options(folder, name: str) -> dict:
         names.add(short if layers.issuperset(lora.matches(model, linears, short)) else whole)
     first = next(iter(adapters.values()))
     return {"method": first.method, "lora_r": first.r, "lora_alpha": float(first.alpha),
-            "lora_dropout": float(first.dropout), "rslora": first.rslora, "lora_targets": ",".join(sorted(names)), "lora_init": trained_with(folder)[0]}
+            "lora_dropout": float(first.dropout), "rslora": first.rslora, "lora_targets": ",".join(sorted(names)),
+            "lora_init": trained_with(folder)[0]}
 
 
 def load(model: nn.Module, folder):

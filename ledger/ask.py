@@ -52,7 +52,7 @@ class Predictor:
         _, _, raw_config = weights.config_of(cfg.model)
         adapter = cfg.adapter and os.path.abspath(cfg.adapter)  # the process runs in another folder
         question = {"options": {**dataclasses.asdict(cfg), "adapter": adapter}, "config": raw_config, "steps": steps,
-                    "machine": machine(cfg.device)}
+                    "tasks": cfg.tasks, "machine": machine(cfg.device)}
         with contextlib.suppress(OSError):  # the process has died: answer() says why
             if self.process:
                 self.process.stdin.write(json.dumps(question) + "\n")
@@ -97,14 +97,15 @@ def machine(device: str) -> dict:
 # ---------------------------------------------------------------------------------------------- the steps to ask about
 
 def examples_of(plan, steps: range) -> list:
-    """What can make the peak of `steps`: a list of steps, each a list of micro-batches, each a list of examples, each a pair
-    (length, labelled tokens).
+    """What can make the peak of `steps`: a list of steps, each a list of micro-batches, each a list of examples, each a
+    triple (length, labelled tokens, task or None).
 
     Of a step, the micro-batches that can make the peak (run/plan.py) are enough, and the first one: only after it are
     there gradients.
     """
     lengths, labels = plan.data.lengths, plan.data.labels
-    return [[[(int(lengths[j]), int(labels[j])) for j in plan.numbers(step)[i]] for i in sorted({0, *micro_batches})]
+    return [[[(int(lengths[j]), int(labels[j]), plan.data.task_of(j)) for j in plan.numbers(step)[i]]
+             for i in sorted({0, *micro_batches})]
             for step, micro_batches in plan.largest(steps).items()]
 
 
@@ -119,14 +120,18 @@ def largest_steps(cfg: TrainConfig, full_length: bool = False, read: Callable | 
     cfg = copy.copy(cfg)
     resolve_for(cfg, model_config, weights.stored_bits(here.parent) if here else None)
     if not full_length and here and data.has_tokenizer(here.parent):
-        _, _, train_set, _ = (read or prepare.read_data)(cfg)
+        _, _, train_set, val_sets = (read or prepare.read_data)(cfg)
+        cfg.tasks = prepare.tasks_of(cfg, train_set, val_sets)
         plan = prepare.plan_steps(train_set, cfg)
         steps = watch.candidates(0, cfg.steps or cfg.epochs * plan.steps_per_epoch)
         return examples_of(plan, steps), f"the largest step of {cfg.data}", cfg
+    if cfg.task_column:
+        raise UserError(f"--task-column: {cfg.model}'s tokenizer is not on this machine, and the tasks are read with it; "
+                        f"leave the option out to predict")
     for source in rows.sources(cfg.data):
         rows.Rows(source.path)  # UserError, if the file is not there
     why = "" if full_length else f" ({cfg.model}'s tokenizer is not on this machine to measure the data)"
-    steps = [[[(cfg.max_length, cfg.max_length)] * cfg.batch_size] * min(cfg.grad_accum, 2)]
+    steps = [[[(cfg.max_length, cfg.max_length, None)] * cfg.batch_size] * min(cfg.grad_accum, 2)]
     return steps, f"steps of {cfg.batch_size} x {cfg.grad_accum} examples of {cfg.max_length} tokens, all learned{why}", cfg
 
 

@@ -47,17 +47,19 @@ from techniques.device import Device, compute_dtype, device_of, hollow_nf4, pret
 FEW = 3  # equal pieces of work that are run instead of thousands: one in use, one that arrives, one that leaves
 
 
-def predict(cfg: TrainConfig, raw_config: dict, steps: list, machine: dict) -> dict:
+def predict(cfg: TrainConfig, raw_config: dict, steps: list, machine: dict, tasks=()) -> dict:
     """The answer to a question; ask.py describes both."""
     gpu = cfg.device if torch.device(cfg.device).type == "cuda" else None  # (Apple's GPU has no memory of its own)
     cfg = dataclasses.replace(cfg, device="cpu", resume=False)
-    steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in step] for step in steps]
+    steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k), *task) for n, k, *task in m] for m in step]
+             for step in steps]
     like = None
     if cfg.adapter and cfg.method in ("lora", "dora"):
         model = weights.without_storage(*reversed(weights.config_from(raw_config)))
         like = peft_files.read(model, cfg.adapter, device="cpu")
     elif not cfg.full:  # the shapes follow from the options
         cfg = dataclasses.replace(cfg, adapter=None, virtual_init=cfg.virtual_init and "random")
+    cfg.tasks = tuple(tasks)
     with (one_thread(), torch.random.fork_rng([]), Hollow(), pretend("cpu", predicted_device(gpu, machine)) as device,
           mock.patch.object(F, "dropout", masking_dropout if gpu else F.dropout)):
         model = hollow_model(raw_config, 32 if cfg.full else cfg.bits, compute_dtype("cpu", cfg.amp))
@@ -157,7 +159,7 @@ def main():
         question = json.loads(line)
         try:
             cfg = TrainConfig(**question["options"])
-            answer = predict(cfg, question["config"], question["steps"], question["machine"])
+            answer = predict(cfg, question["config"], question["steps"], question["machine"], question["tasks"])
         except UserError as e:
             answer = {"error": str(e)}
         except Exception as e:  # one line for the run that asked: it continues without the prediction

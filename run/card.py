@@ -11,8 +11,8 @@ from files import hub, writing
 LAST = "pipeline_tag: text-generation\n---\n"
 
 
-def write(folder: Path, run, val_loss: float | None):
-    """The card of `run`'s adapter (--full: model) as it is now. val_loss: its held-out loss, or None."""
+def write(folder: Path, run, val_loss: float | None, task: str = ""):
+    """The card of `run`'s adapter (--full: model) as it is now. val_loss: its held-out loss, or None. task: its task."""
     cfg, seen = run.cfg, run.seen
     base = base_name(cfg.model)
     targets = cfg.lora_targets or ",".join(() if cfg.full else run.model.default_targets)
@@ -24,7 +24,8 @@ def write(folder: Path, run, val_loss: float | None):
     kind = "Every weight was trained" if cfg.full else (
         f"{what}, over weights in {cfg.bits} bit" + ("; it continues another adapter" if cfg.adapter else ""))
     files = ", ".join(f"`{printable(Path(part).name)}`" for part in cfg.data.split(","))
-    lines = [f"{kind}.", f"Data: {files}.", f"Step {run.step} of {cfg.steps}, each of "
+    beside = f"It is the one of task {task}; {len(cfg.tasks)} adapters were trained side by side."
+    lines = [f"{kind}.", *[beside] * bool(task), f"Data: {files}.", f"Step {run.step} of {cfg.steps}, each of "
              f"{cfg.batch_size * cfg.grad_accum} examples; highest learning rate {cfg.lr:g}."]
     if val_loss is not None:
         lines.append(f"Held-out loss, in nats for each labelled token: {seen['val_before']:.4f} before training, "

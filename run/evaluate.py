@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 import data
 from errors import UserError
+from run import tasks
 from run.hooks import Hooks
 from run.options import TrainConfig
 from techniques.device import autocast, compute_dtype, type_name
@@ -30,6 +31,7 @@ def evaluate(model: nn.Module, val_set: data.Dataset, cfg: TrainConfig, tokenize
     for some in tqdm(order.split(cfg.batch_size), "evaluating", leave=False, disable=not sys.stderr.isatty()):
         examples = [val_set[i] for i in some.tolist()]
         batch = hooks.collate(examples, cfg.pack, cfg.max_length).to(cfg.device)
+        tasks.route(model, batch.tasks, batch.segments)
         with autocast(cfg.device, cfg.amp):
             total += hooks.loss(model, batch, model.hidden(batch.ids, batch.positions, batch.segments)).item()
         labels += batch.n_labels

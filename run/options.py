@@ -67,6 +67,9 @@ class TrainConfig:
     val_frac: float = option(0.1, "data", "share of the rows held out when there is no --val-data")
     columns: str = option(None, "data", "names of columns: instruction=question,response=answer (KNOWN=YOURS)", type=str)
     skip_bad_rows: bool = option(False, "data", "leave out rows that cannot be read, and count them")
+    task_column: str = option(None, "data", "train an adapter for each task: the column with the name of a row's task",
+                              type=str)
+    shared_adapter: bool = option(False, "data", "with --task-column: one more adapter, which all tasks train")
     no_cache: bool = option(False, "data", "tokenise the data anew, and do not keep the result (see files/token_cache.py)")
     template: str = option("auto", "data", "auto (the model's chat template, else alpaca), chat, alpaca or a .jinja file")
     max_length: int = option(None, "data", "most positions of an example, the rest is cut off (default: 512, or the model's "
@@ -107,6 +110,7 @@ class TrainConfig:
     out: str = option(None, "output", "folder of the run (default: runs/MODEL-1, -2, ...)", type=str)
     resume: bool = option(False, "output", "continue the run in --out from its last save; --steps, --epochs, --lr and "
                          "--schedule may be others: the schedule is computed anew, over all steps")
+    tasks: ClassVar[tuple[str, ...]] = ()  # the names of the adapters with --task-column, once the data is read
     given: ClassVar[frozenset[str]] = frozenset()  # the options that the command line names, also those at their defaults
 
 
@@ -162,6 +166,14 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
                             f"keeps float32 masters of 16-bit weights; adapters, without --full, train over {cfg.bits} bits")
     elif cfg.from_scratch:
         raise UserError("--from-scratch needs --full: adapters on frozen random weights learn nothing")
+    if cfg.shared_adapter and not cfg.task_column:
+        raise UserError("--shared-adapter has no effect without --task-column")
+    if cfg.task_column:
+        for name, is_given in {"adapter": cfg.adapter, "full": cfg.full, "skip_bad_rows": cfg.skip_bad_rows,
+                               "lora_init": cfg.lora_init != "default", "method": cfg.method != "lora"}.items():
+            if is_given:
+                raise UserError(f"--task-column trains new LoRA adapters side by side, on rows that are all good; leave "
+                                f"--{name.replace('_', '-')} out")
     if not cfg.adapter:  # (else the adapter's own method is known first: take_over)
         resolve_method(cfg)
     if cfg.val_data and cfg.val_frac != default.val_frac:

@@ -9,7 +9,9 @@ import data
 import lora
 from errors import UserError
 from files import conversations, fingerprint, peft_files, rows, weights
-from methods import bottleneck, dora, ia3, prefix, prompt
+from files.json_files import show
+from methods import bottleneck, dora, ia3, prefix, prompt, several
+from run import tasks
 from run.options import TrainConfig
 from run.plan import Plan
 from techniques.device import compute_dtype, device_of
@@ -27,18 +29,26 @@ def read_data(cfg: TrainConfig):
     def read(source: rows.Source) -> data.Examples:
         limit = LOOKED_AT if cfg.show_batch else None
         tokens = data.read_tokens(source.path, tokenizer, template, columns, cfg.skip_bad_rows, not cfg.no_cache, limit)
+        tokens.unused.pop(f"column {show(cfg.task_column)}", None)
         say_what_is_not_used(source.path, tokens)
         return data.Examples(tokens, cfg.max_length)
     sources = rows.sources(cfg.data)
     files, weights_ = [read(s) for s in sources], [s.weight for s in sources]
+
+    def dataset(parts: list, sources: list, name: str, weights_: list | None = None) -> data.Dataset:
+        if cfg.task_column:
+            of_rows = [tasks.read(s, cfg.task_column, len(p.file.tokens)) for s, p in zip(sources, parts)]
+            parts, weights_ = tasks.split(parts, of_rows, weights_)
+        return data.Dataset(parts, weights_, cfg.seed, name)
+
     if cfg.val_data:
-        train_set = data.Dataset([f.part() for f in files], weights_, cfg.seed, cfg.data)
-        val_sets = {name: data.Dataset([read(s).part()], name=str(s.path)) for name, s in val_sources(cfg.val_data).items()}
+        train_set = dataset([f.part() for f in files], sources, cfg.data, weights_)
+        val_sets = {name: dataset([read(s).part()], [s], str(s.path)) for name, s in val_sources(cfg.val_data).items()}
     else:
         is_text = [rows.kind_of(s.path) == ".txt" for s in sources]
         train_parts, val_parts = data.split(files, cfg.val_frac, cfg.seed, is_text)
-        train_set = data.Dataset(train_parts, weights_, cfg.seed, cfg.data)
-        val_sets = {"held-out": data.Dataset(val_parts, name=f"the held-out rows of {cfg.data}")}
+        train_set = dataset(train_parts, sources, cfg.data, weights_)
+        val_sets = {"held-out": dataset(val_parts, sources, f"the held-out rows of {cfg.data}")}
     if cfg.show_batch and max(map(len, (f.tokens for f in files))) == LOOKED_AT:
         print(f"--show-batch looks at the first {LOOKED_AT:,} rows of a file; the run's first micro-batch may be another")
     if line := train_set.what_is_cut():
@@ -46,6 +56,11 @@ def read_data(cfg: TrainConfig):
     if cfg.eval_examples and cfg.eval_examples > (most := max(map(len, val_sets.values()))):
         raise UserError(f"--eval-examples {cfg.eval_examples}: only {most} examples are held out; leave it out")
     return tokenizer, template, train_set, val_sets
+
+
+def tasks_of(cfg: TrainConfig, train_set, val_sets: dict) -> tuple[str, ...]:
+    """The names of the adapters with --task-column; none without. Raises UserError."""
+    return tasks.names(train_set, list(val_sets.values()), cfg.task_column, cfg.shared_adapter) if cfg.task_column else ()
 
 
 def val_sources(val_data: str) -> dict[str, rows.Source]:
@@ -137,11 +152,13 @@ def set_trainable(model: nn.Module, cfg: TrainConfig, init: str = "default", lik
             m.dropout = cfg.lora_dropout
     elif cfg.method in ("lora", "dora"):
         targets = cfg.lora_targets.split(",") if cfg.lora_targets else None
-        shape = (model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora)
-        if cfg.method == "dora":
-            dora.inject(*shape)
+        shape = (cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora)
+        if cfg.task_column:
+            several.inject(model, cfg.tasks, *shape)
+        elif cfg.method == "dora":
+            dora.inject(model, *shape)
         else:
-            lora.inject(*shape, init, weights.StoredWeights(cfg.model).read if init != "default" else None)
+            lora.inject(model, *shape, init, weights.StoredWeights(cfg.model).read if init != "default" else None)
     elif cfg.method == "ia3":
         ia3.inject(model)
     elif cfg.method == "bottleneck":

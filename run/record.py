@@ -184,9 +184,10 @@ def write_samples(run, prompts: list, after: list[str] | None = None):
     replies = {"Before" if i == 0 else f"After step {i // n * run.cfg.sample_every}": earlier[i:i + n]
                for i in range(0, len(earlier), n)} | ({} if after is None else {"After": after})
     blocks = [f"# Replies of {run.cfg.model} before and after training\n\nGreedy decoding, at most 64 tokens.\n"]
-    for i, (prompt, wanted) in enumerate(prompts):
-        parts = {"## Prompt": run.tokenizer.decode(prompt)[-1000:], **{f"**{title}:**": texts[i] for title, texts in
-                 replies.items()}, "**Held-out reply:**": wanted[:1000]}
+    for i, (prompt, wanted, task) in enumerate(prompts):
+        heading = "## Prompt" + (f" of task {task}" if task else "")
+        parts = {heading: run.tokenizer.decode(prompt)[-1000:],
+                 **{f"**{title}:**": texts[i] for title, texts in replies.items()}, "**Held-out reply:**": wanted[:1000]}
         for title, t in parts.items():
             blocks.append(f"{title}\n\n> " + (t.strip() or "(nothing)").replace("\n", "\n> ") + "\n")
     writing.write_text(run.out / "samples.md", "\n".join(blocks))

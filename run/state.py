@@ -94,20 +94,23 @@ class Run:
     def export(self, name: str):
         """Write adapter/ or best/ in PEFT's format (--full: a model folder), with all that replies need: the tokenizer, the
         template, and the base's generation_config.json with the end tokens; and with a model card."""
-        folder = self.out / name
+        for task in self.cfg.tasks or ("",):
+            self.export_to(self.out / name / task, name, task)
+
+    def export_to(self, folder: Path, name: str, task: str):
         if self.cfg.full:
             raw = read_json(hub.find(self.cfg.model) / "config.json")
             dtype = raw.get("dtype") or raw.get("torch_dtype")  # the newer and the older key
             weights.save(self.model, folder, dtype if dtype in weights.DTYPES else "float32", self.trained)
         else:
-            peft_files.save(self.model, folder)
+            peft_files.save(self.model, folder, task)
             weights.save_tokenizer(self.tokenizer.folder, folder, self.tokenizer.eos)
         writing.write_text(folder / "chat_template.jinja", self.template)
         replies = weights.optional_json(self.tokenizer.folder / "generation_config.json")
         replies["eos_token_id"] = sorted(self.tokenizer.stop_ids)
         writing.write_text(folder / "generation_config.json", json.dumps(replies) + "\n")
         evaluated = name == "best" or is_due(self.step, self.cfg)
-        card.write(folder, self, self.seen["val_best" if name == "best" else "val_after"] if evaluated else None)
+        card.write(folder, self, self.seen["val_best" if name == "best" else "val_after"] if evaluated else None, task)
 
     def save(self):
         """Export the current adapter (--full: model), and write what --resume needs."""
@@ -249,10 +252,11 @@ def finished(cfg: TrainConfig) -> dict | None:
     if cfg.dry_run or cfg.show_batch:
         return None
     out = Path(cfg.out)
-    files = ["model/config.json" if cfg.full else "adapter/adapter_config.json", "samples.md", "loss.png", "summary.json"]
+    made = "model/config.json" if cfg.full else f"adapter/{'*/' * bool(cfg.task_column)}adapter_config.json"
+    files = [made, "samples.md", "loss.png", "summary.json"]
     with saved_state(cfg) as (_, numbers):
         done, ended = numbers["step"], has_ended(cfg, numbers["step"], numbers["seen"])
-    if not ended or not all((out / f).is_file() for f in files):
+    if not ended or not all(any(out.glob(f)) for f in files):
         return None
     early = " (--patience)" if done < cfg.steps else ""
     print(f"{out} is finished: {done} of {cfg.steps} steps are taken{early}, and every file is written")
@@ -262,7 +266,7 @@ def finished(cfg: TrainConfig) -> dict | None:
 RESOLVED = ("bits", "device", "data", "max_length", "lr", "warmup_steps", "steps", "eval_every", "save_every")
 # A run of an older version has the defaults of these options.
 NEW = ("method", "lora_plus", "bottleneck", "virtual_tokens", "virtual_init", "adapter", "eval_examples", "patience", "keep",
-       "sample_every", "report", "columns", "skip_bad_rows")
+       "sample_every", "report", "columns", "skip_bad_rows", "task_column", "shared_adapter")
 # A run may continue with another path, if the content is the same.
 MAY_MOVE = ("model", "data", "val_data", "template", "adapter")
 MAY_CHANGE = ("steps", "lr", "schedule")  # it may continue for longer, or at another rate; --epochs sets the steps

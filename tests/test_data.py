@@ -438,8 +438,9 @@ def test_text_becomes_windows_that_lose_nothing(nano, sp, extra):
 
 def test_prompts_are_the_ids_before_the_last_reply(nano, alpaca):
     rows = [{"prompt": "a", "completion": "b"}, {"messages": [*CHAT, CHAT[0]]}, {"instruction": "x", "output": "y " * 200}]
-    whole = [(data.prompt_ids([("a", False)], alpaca, nano), "b"), (data.prompt_ids(CHAT[:3], alpaca, nano), "9."),
-             (data.prompt_ids([{"role": "user", "content": "x"}], alpaca, nano), "y " * 200)]
+    whole = [(data.prompt_ids([("a", False)], alpaca, nano), "b", None),
+             (data.prompt_ids(CHAT[:3], alpaca, nano), "9.", None),
+             (data.prompt_ids([{"role": "user", "content": "x"}], alpaca, nano), "y " * 200, None)]
     for max_length in (1000, 100):  # also where the row is cut
         built = build(rows, nano, alpaca, max_length)
         assert data.prompts(built, 3, nano) == data.prompts(built, 9, nano) == whole
