@@ -261,7 +261,11 @@ def next_commands(cfg, out: Path) -> list[str]:
         return " ".join(["python", *map(shlex.quote, (program, *map(str, words)))])
 
     talk = ["--model", out / "best"] if cfg.full else ["--model", cfg.model, "--adapter", out / "best"]
+    if cfg.tasks:
+        talk = ["--model", cfg.model, *(x for t in cfg.tasks for x in ("--adapter", f"{t}={out / 'best' / t}"))]
     commands = [command("generate.py", *talk, "--prompt", "Hello")]
+    if cfg.tasks:
+        return commands
     if not cfg.full and not weights.stored_bits(weights.find(cfg.model)):
         commands.append(command("export.py", "merge", *talk, "--out", out / "merged"))
     return commands

@@ -57,13 +57,13 @@ def split(parts: list[data.Part], tasks: list[list[str]], weights: list[float] |
 def names(train: data.Dataset, held_out: list[data.Dataset], column: str, shared: bool) -> tuple[str, ...]:
     """The adapters of a run. Raises UserError for a task that nothing is trained on, and for a single one."""
     found = train.tasks
-    for val_set in held_out:
-        for task in sorted(set(val_set.tasks) - set(found)):
-            raise UserError(f"--task-column {column}: task {task} has held-out rows and none to train on")
     if len(found) < 2:
         raise UserError(f"--task-column {column}: every row is of task {found[0]}; leave it out, and one adapter is trained")
     if shared and SHARED in found:
         raise UserError(f"--shared-adapter: a task is named {SHARED} too; rename it")
+    for val_set in held_out:
+        for task in sorted(set(val_set.tasks) - set(found)):
+            raise UserError(f"--task-column {column}: task {task} has held-out rows and none to train on")
     return (*found, SHARED) if shared else found
 
 
@@ -82,7 +82,7 @@ def weigh(model: nn.Module, batches: list, master):
     """Multiply the gradients of each task's adapter by n / n_t. master: that of the optimizer, p -> what it updates."""
     counts = {}
     for batch in batches:
-        for task, n in zip(batch.tasks or (), batch.labels_of):
+        for task, n in zip(batch.tasks or (), batch.labels_of or ()):
             counts[task] = counts.get(task, 0) + n
     for task, n in counts.items():
         for m in several.of(model, task).values():
