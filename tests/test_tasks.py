@@ -22,7 +22,7 @@ TASKS = ("add", "spell", "type")  # "type" is a name that nn.ModuleDict does not
 
 def make_rows(path, n=36, names=TASKS):
     rows = [{"instruction": f"Number {i} " + "please " * (i % 5), "output": "It is " + "so " * (i % 7) + f"{i}.",
-             "task": names[i * i % len(names) if i > 2 else i % len(names)]} for i in range(n)]
+             "task": names[i % len(names)]} for i in range(n)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
