@@ -119,7 +119,7 @@ def largest_steps(cfg: TrainConfig, full_length: bool = False, read: Callable | 
     here = hub.config_file(cfg.model)
     cfg = copy.copy(cfg)
     resolve_for(cfg, model_config, weights.stored_bits(here.parent) if here else None)
-    if not full_length and here and data.has_tokenizer(here.parent):
+    if (cfg.task_column or not full_length) and here and data.has_tokenizer(here.parent):
         _, _, train_set, val_sets = (read or prepare.read_data)(cfg)
         cfg.tasks = prepare.tasks_of(cfg, train_set, val_sets)
         plan = prepare.plan_steps(train_set, cfg)

@@ -2,6 +2,7 @@
 import math
 import sys
 import time
+from collections import Counter
 
 import torch
 from torch import nn
@@ -18,28 +19,33 @@ from techniques.device import autocast, compute_dtype, type_name
 @torch.no_grad()
 def evaluate(model: nn.Module, val_set: data.Dataset, cfg: TrainConfig, tokenizer, hooks: Hooks | None = None,
              numbers: torch.Tensor | None = None) -> dict:
-    """{"val_loss": nats for each labelled token, "val_bits_per_byte": bits for each byte of labelled text}.
+    """{"val_loss": nats for each labelled token, "val_bits_per_byte": bits for each byte of labelled text}, and with
+    --task-column {"val_loss/TASK": ...} of each task.
 
     The second number does not depend on the tokenizer, so it compares models that have different ones. It is left out if
     `hooks` have another loss. numbers: of the examples that take part; None: all.
     """
     hooks = hooks or Hooks()
     model.eval()
-    total = labels = n_bytes = 0
     numbers = torch.arange(len(val_set)) if numbers is None else numbers
     order = numbers[val_set.lengths[numbers].sort(descending=True, stable=True).indices]
-    for some in tqdm(order.split(cfg.batch_size), "evaluating", leave=False, disable=not sys.stderr.isatty()):
+    task_of = [val_set.task_of(i) for i in order.tolist()]
+    totals, labels, n_bytes = Counter(), Counter(), 0
+    batches = [some for task in sorted(set(task_of), key=str)  # a batch has examples of one task
+               for some in order[[t == task for t in task_of]].split(cfg.batch_size)]
+    for some in tqdm(batches, "evaluating", leave=False, disable=not sys.stderr.isatty()):
         examples = [val_set[i] for i in some.tolist()]
         batch = hooks.collate(examples, cfg.pack, cfg.max_length).to(cfg.device)
         tasks.route(model, batch.tasks, batch.segments)
         with autocast(cfg.device, cfg.amp):
-            total += hooks.loss(model, batch, model.hidden(batch.ids, batch.positions, batch.segments)).item()
-        labels += batch.n_labels
+            loss = hooks.loss(model, batch, model.hidden(batch.ids, batch.positions, batch.segments)).item()
+        totals[examples[0].task] += loss
+        labels[examples[0].task] += batch.n_labels
         n_bytes += 0 if hooks.own_loss else sum(data.text_bytes(e, tokenizer) for e in examples)
     model.train()
-    if hooks.own_loss:
-        return {"val_loss": total / labels}
-    return {"val_loss": total / labels, "val_bits_per_byte": total / math.log(2) / max(1, n_bytes)}
+    total, of_tasks = totals.total(), {f"val_loss/{t}": totals[t] / labels[t] for t in totals if t}
+    per_byte = {} if hooks.own_loss else {"val_bits_per_byte": total / math.log(2) / max(1, n_bytes)}
+    return {"val_loss": total / labels.total(), **per_byte, **of_tasks}
 
 
 def why_not_finite(model: nn.Module, cfg: TrainConfig, step: int) -> str:

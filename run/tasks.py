@@ -9,7 +9,8 @@ Each adapter learns as in a run of its own. There, a step's loss is divided by t
 n_t, and not by those of the whole step, n. So after backward the gradients of task t are multiplied by n / n_t. The shared
 adapter's are not: it has all n tokens. (--clip still goes by the norm of all adapters together.)
 
-adapter/ and best/ have a folder for each adapter, as PEFT writes several adapters.
+adapter/ and best/ have a folder for each adapter, as PEFT writes several adapters. The predicted peak is that of the
+largest micro-batch. With --amp, another one with more tasks in it can need 16-bit copies of one adapter more: some kB.
 """
 import torch
 from torch import nn

@@ -45,7 +45,7 @@ def shared(tmp_path_factory):
 
 
 def predicted(cfg, steps) -> dict:
-    return predict.predict(cfg, weights.config_of(cfg.model)[2], steps, ask.machine(cfg.device))
+    return predict.predict(cfg, weights.config_of(cfg.model)[2], steps, ask.machine(cfg.device), cfg.tasks)
 
 
 class InProcess(NoPredictor):

@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import make_folder
 from runs import evaluations, no_picture, options, run, steps, timeless
+from test_predict import InProcess
 
 import data
 import lora
 import train
 from errors import UserError
 from files import peft_files, weights
+from ledger import ask
 from methods import several
 from run import prepare, tasks
 from run.evaluate import evaluate
@@ -140,8 +142,17 @@ def test_a_run_leaves_an_adapter_for_each_task(go, shared, how):
     cfg.device = "cpu"
     tokenizer = data.load_tokenizer(str(shared / "llama"))
     wanted = evaluations(out)[-1]["val_loss"]
-    found = evaluate(model, val_set, cfg, tokenizer)["val_loss"]
-    assert found == pytest.approx(wanted, abs=1e-6 if not how else 2e-3)
+    found = evaluate(model, val_set, cfg, tokenizer)
+    assert found["val_loss"] == pytest.approx(wanted, abs=1e-6 if not how else 2e-3)
+    labels = {t: sum(e.n_labels for e in val_set if e.task == t) for t in TASKS}
+    mean = sum(found[f"val_loss/{t}"] * n for t, n in labels.items()) / sum(labels.values())
+    assert mean == pytest.approx(found["val_loss"])
+    with several.adapter(model, "spell"):  # one task alone, through its own adapter
+        one = [e for e in val_set if e.task == "spell"]
+        batch = plain(data.collate(one))
+        several.route(model, [("spell", "shared")[:1 + ("shared" in names)]] * len(one))
+        alone = train.token_loss(model, batch, model.hidden(batch.ids)).item() / batch.n_labels
+    assert found["val_loss/spell"] == pytest.approx(alone, abs=1e-5 if not how else 2e-2)
     several.route(model, [None])
     card = (out / "adapter" / "spell" / "README.md").read_text()
     assert "the one of task spell" in card
@@ -174,6 +185,15 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(go, tmp_path, monkeyp
 def test_the_command_for_what_comes_next_names_an_adapter(go, capsys):
     go()
     assert "--adapter add=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [{}, {"amp": True, "bits": 4, "ckpt_every": 1, "shared_adapter": True, "grad_accum": 2}],
+                         ids=str)
+def test_the_peak_is_predicted(go, on_device, monkeypatch, how):
+    on_device()
+    monkeypatch.setattr(ask, "Predictor", InProcess)
+    memory = json.loads((go(**how) / "summary.json").read_text())["memory"]
+    assert memory["predicted_peak"] == pytest.approx(memory["measured_peak"], rel=1e-3 if how else 0)
 
 
 @pytest.mark.parametrize(("more", "words"), [
