@@ -49,7 +49,7 @@ METHODS = {
     "full": ({"full": True}, 1.0),
 }
 JOB = {"amp": True, "batch_size": 4, "max_length": 128, "samples": 0, "no_cache": True}
-STEPS, SEEDS, RATES_SEED = 100, 5, 1000
+STEPS, SEEDS, RATES_SEED = 80, 5, 1000
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 95 %: 1, 2, ... degrees of freedom
 # PEFT's method_comparison/MetaMathQA/results (lora--, lora-...-dora--, full-finetuning--llama-3.2-3B-*.json), one seed: the
 # share of GSM8K's 1,319 test questions that is answered rightly. As run in July 2026, and with PEFT 0.15.2.dev0 (2025).
