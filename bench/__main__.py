@@ -13,6 +13,7 @@
     speed       the machine's matrix limit in the run's own shapes and types (matrix_limit.py), then the share of it that
                 training reaches, here and in transformers + PEFT. Compare machines by this share, not by tokens/s
     gpu         all that is claimed about a GPU, tried on one in under 8 minutes, see gpu.py; its options are its own
+    methods     LoRA and the other ways to adapt, several seeds each, with intervals, see methods.py; its options are its own
     faults      no table of speeds: killed runs and damaged files, see faults.py; its options are its own
 
 A row is one command, `python train.py --model M OPTIONS --steps N --samples 0`. It is run --repeat times.
@@ -366,6 +367,10 @@ def main(argv: list[str] | None = None) -> bool:
     if argv[:1] == ["faults"]:
         from bench import faults
         return faults.main(argv[1:], machine_and_versions("faults", "cpu"))
+    if argv[:1] == ["methods"]:
+        from bench import methods
+        return methods.main(argv[1:], machine_and_versions("methods", None),
+                            shlex.join(["python", "-m", "bench", *without_paths(argv)]))
     if argv[:1] == ["gpu"]:
         from bench import gpu
         return gpu.main(argv[1:], machine_and_versions("gpu", "cpu"), PREDICT)
@@ -373,8 +378,8 @@ def main(argv: list[str] | None = None) -> bool:
     argv, extra = argv[:cut], argv[cut + 1:]
     p = argparse.ArgumentParser(
         prog="python -m bench", usage="python -m bench NAME [options] [-- OPTIONS OF TRAIN.PY]",
-        description="The README's tables and pictures. Two more have options of their own: python -m bench faults --help, "
-                    "python -m bench gpu --help.",
+        description="The README's tables and pictures. Three more have options of their own: python -m bench faults --help, "
+                    "python -m bench gpu --help, python -m bench methods --help.",
         epilog="Finished runs are kept in DIR/NAME-MODEL.json. With --resume, they are used again if the row, model, data, "
                "steps, repetitions, device and train.py options are the same (the commit may be another); failed rows are "
                "tried again. Without --resume, a finished file is replaced, and an unfinished file is an error.")

@@ -41,6 +41,14 @@ def write_merged(folder: Path, model: str, dtype: str):
                        f"The adapter is merged into the weights, which are in {dtype}. Merged with Bytewise.\n")
 
 
+def write_combined(folder: Path, model: str, terms: list[tuple[str, float]], how: str):
+    """The card of an adapter that is a weighted sum of others, (folder, weight) each (export.py)."""
+    base = base_name(model)
+    names = "".join(f"* {w:g} times `{printable(Path(f).resolve().name)}`\n" for f, w in terms)
+    writing.write_text(folder / "README.md", front_matter(base, "peft") + f"\n# A sum of LoRA adapters of {base}\n\n{names}"
+                       f"\nCombined with Bytewise (`--how {how}`).\n")
+
+
 def front_matter(base: str, library: str, method: str = "lora") -> str:
     tags = f"tags:\n- {method}\n" if library == "peft" else ""
     return f"---\nbase_model: {json.dumps(base, ensure_ascii=False)}\nlibrary_name: {library}\n{tags}{LAST}"

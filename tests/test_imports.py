@@ -17,7 +17,8 @@ FLOORS = [{"errors", "terminal"}, {"techniques"}, {*MODELS, "lora", "memory"}, {
 # Few files import from a command: train.py takes generate.py's sampling, the prediction and the bench of a GPU run the
 # training step, the fault campaign whole commands.
 FROM_COMMANDS = {("train", "generate"), ("ledger.predict", "train"), ("bench.gpu_claims", "train"),
-                 ("bench.fault_base", "train"), ("bench.faults", "train"), ("bench.faults", "generate")}
+                 ("bench.fault_base", "train"), ("bench.faults", "train"), ("bench.faults", "generate"),
+                 ("bench.methods", "train")}
 FOLDERS = {"techniques", "methods", "files", "run", "ledger", "bench"}
 CORE = ("train", "gpt2", "lora", "techniques.loss", "techniques.recompute", "techniques.attention")
 
