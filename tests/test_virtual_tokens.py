@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import REAL_PREDICTOR, make_data, make_folder
+from conftest import REAL_PREDICTOR, NoPredictor, make_data, make_folder
 from runs import evaluations, lines, no_picture, options, run, steps, timeless
 from safetensors.torch import load_file, save_file
 
@@ -13,12 +13,12 @@ import memory
 import train
 from errors import UserError
 from files import peft_files, weights
-from ledger import ask
+from ledger import ask, predict
 from methods import prefix, prompt
 from run import prepare
 from techniques import attention
-from techniques.device import device_of
 from techniques.kv_cache import KVCache
+from techniques.optim import AdamW
 
 N = 5
 METHODS = pytest.mark.parametrize("method", ["prompt", "prefix"])
@@ -37,9 +37,9 @@ def trained(model) -> list:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def virtual(folder, method, n=N, bits=32):
+def virtual(folder, method, n=N, bits=32, dtype=torch.float32):
     """A model with n random virtual tokens, as large as real ones: at the start of 0.02 a prefix would change little."""
-    model = {"prompt": prompt, "prefix": prefix}[method].inject(weights.load(folder, bits=bits), n)
+    model = {"prompt": prompt, "prefix": prefix}[method].inject(weights.load(folder, bits, "cpu", dtype), n)
     (p,), rng = trained(model), torch.Generator().manual_seed(2)
     p.data.copy_(torch.randn(p.shape, generator=rng) * (0.2 if method == "prompt" else 1))
     return model
@@ -87,3 +87,327 @@ def test_what_peft_writes_is_read_here(family, method, more, folders, tmp_path):
         assert torch.allclose(model(IDS), peft_logits(theirs), atol=1e-4)
         assert not torch.allclose(model(IDS), weights.load(folders[family])(IDS), atol=0.1)
     assert peft_files.options(tmp_path, str(folders[family])) == {"method": method, "virtual_tokens": N}
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+def rng_of(seed: int):
+    return torch.Generator().manual_seed(seed)
+
+
+TEXTS = [torch.randint(4096, (n,), generator=rng_of(n)).tolist() for n in (9, 1, 14, 6)]
+
+
+def examples() -> list[data.Example]:
+    return [data.Example(ids, [*ids[1:], 7]) for ids in TEXTS]
+
+
+def outputs(model, batch: data.Batch, lengths) -> tuple[list, torch.Tensor]:
+    """The hidden vectors of each text in the batch, and the gradient of a loss of all of them."""
+    h = model.hidden(batch.ids, batch.positions, batch.segments)
+    assert h.shape[:2] == batch.ids.shape
+    rows = [row[:n] for row, n in zip(h if len(h) > 1 else h[0].split(batch.segments or lengths), lengths)]
+    loss = sum((row.float() * torch.randn(row.shape, generator=rng_of(n))).sum() for n, row in zip(lengths, rows))
+    return [r.detach().float() for r in rows], torch.autograd.grad(loss, trained(model))[0]
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@METHODS
+@FAMILIES
+def test_a_text_is_the_same_alone_padded_packed_and_recomputed(family, method, bits, folders):
+    model = virtual(folders[family], method, bits=bits)
+    alone = [outputs(model, data.collate([e]), [len(e.ids)]) for e in examples()]
+    lengths, gradient = [len(ids) for ids in TEXTS], sum(g for _, g in alone)
+    assert gradient.abs().max() > 0.01
+    for pack, ckpt_every in ((False, 0), (True, 0), (False, 1), (True, 2)):
+        model.ckpt_every = ckpt_every
+        rows, found = outputs(model, data.collate(examples(), pack), lengths)
+        for row, ((one,), _) in zip(rows, alone, strict=True):
+            torch.testing.assert_close(row, one, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found, gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
+
+
+@METHODS
+def test_each_text_sees_the_virtual_tokens_and_no_other_text(method, folders):
+    model = virtual(folders["llama"], method)
+    batch = data.collate(examples(), pack=True)
+    with torch.no_grad():
+        before = model.hidden(batch.ids, batch.positions, batch.segments)
+        batch.ids[:, 9:10] += 1  # the second text
+        after = model.hidden(batch.ids, batch.positions, batch.segments)
+        assert (before != after).any(-1).nonzero()[:, 1].tolist() == [9]
+        trained(model)[0].mul_(0.9)
+        assert (model.hidden(batch.ids, batch.positions, batch.segments) != after).any(-1).all()
+
+
+def test_without_a_prefix_attention_calls_the_kernel_with_what_it_was_given(monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *a, **k: calls.append((a, k)) or a[0])
+    q = torch.randn(1, 4, 6, 8)
+    assert attention.attend(q, q, q) is q and attention.attend(q[:, :, :1], q, q).shape[2] == 1
+    (first, options), (_, last) = calls
+    assert first == (q, q, q, None) and options["is_causal"] and not last["is_causal"]
+
+
+def test_in_backward_a_prefix_keeps_its_places_and_no_mask(folders):
+    """methods/prefix.py: n places of q, k, v and the output, 4 bytes a number in float32. prompt.py: all that a token has."""
+    def kept(model):
+        with memory.Ledger(model) as ledger:
+            loss = model.hidden(IDS).sum()
+            ledger.keep()
+            now = ledger.live["activations"]
+            del loss
+        return now
+    lora_free = weights.load(folders["llama"])
+    c = lora_free.config
+    small, large = (kept(virtual(folders["llama"], "prefix", n)) for n in (4, 10))
+    rows, layers, K = len(IDS), c.n_layer, c.n_kv_head * c.head_dim
+    statistic = 4 * c.n_head  # the kernel's one number a row
+    assert large - small == 6 * rows * layers * (4 * (2 * c.n_embd + 2 * K) + statistic)
+
+
+# ---------------------------------------------------------------------------------------------- generation
+
+PROMPTS = [[int(i) for i in ids] for ids in (IDS[0, :3], IDS[1, :9], IDS[0, 4:5], IDS[1], IDS[0, 2:8])]
+
+
+@torch.no_grad()
+def greedy_without_cache(model, ids: list[int], n: int) -> list[int]:
+    ids = list(ids)
+    for _ in range(n):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids
+
+
+@METHODS
+@FAMILIES
+def test_replies_are_those_of_full_forwards_alone_and_in_a_batch(family, method, folders):
+    """Of 5 prompts, 3 are made at a time: a slot that is used again is given the virtual tokens again."""
+    model = virtual(folders[family], method)
+    lengths = [2, 9, 7, 5, 8]
+    wanted = [greedy_without_cache(model, ids, n) for ids, n in zip(PROMPTS, lengths)]
+    for batch_size in (1, 3):
+        replies = [generate.Reply(model.config, ids, temperature=0, max_new_tokens=n) for ids, n in zip(PROMPTS, lengths)]
+        for _ in generate.run(model, replies, batch_size):
+            pass
+        assert [r.ids + r.new for r in replies] == wanted
+
+
+@METHODS
+@torch.no_grad()
+def test_a_prompt_in_pieces_and_rows_that_begin_together(method, folders):
+    """Two texts begin in one forward, beside a third that continues: only the first two are given the virtual tokens."""
+    model = virtual(folders["llama"], method)
+    cache = KVCache(model.config, 20, 3)
+    model(IDS[:1, :4], cache=cache.rows([2], [4]))
+    assert cache.lengths == [0, 0, N + 4]
+    ids = torch.stack([IDS[0, :6], IDS[1, :6], IDS[0, 4:10]])
+    found = model(ids, cache=cache.rows([0, 1, 2], [6, 5, 6]))
+    for row, text, n in zip(found, (IDS[0, :6], IDS[1, :5], IDS[0, :10]), (6, 5, 6)):
+        torch.testing.assert_close(row[:n], model(text[None])[0, -n:], rtol=0, atol=1e-4)
+    assert cache.lengths == [N + 6, N + 5, N + 10]
+
+
+@METHODS
+def test_the_text_has_the_positions_that_are_left(method, folders):
+    model = virtual(folders["gpt2"], method)
+    left = 128 - N
+    one = generate.Reply(model.config, [1] * (left - 1), temperature=0, max_new_tokens=9)
+    assert len(list(generate.run(model, [one]))) == 1 and one.finish_reason == "length"
+    with pytest.raises(UserError, match=f"the prompt has {left} tokens, the model {left} positions after {N} virtual tokens"):
+        generate.Reply(model.config, [1] * left)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@METHODS
+@torch.no_grad()
+def test_the_cache_holds_a_prefix_in_the_type_of_k(method, bits, folders):
+    model = virtual(folders["llama"], method, bits=bits, dtype=None)
+    cache = KVCache(model.config, 20, 1)
+    found = model(IDS[:1], cache=cache.rows([0], [12]))
+    assert cache.k[0].dtype == torch.bfloat16
+    full = model(IDS[:1])
+    assert (found - full).abs().max() < 0.1 * full.std()
+
+
+@METHODS
+def test_a_cache_that_does_not_fit_is_one_line(method, folders):
+    model = virtual(folders["gpt2"], method)
+    with pytest.raises(UserError, match=r"the KV cache \(1 slots of \d+ tokens\) does not fit into memory"):
+        with torch.no_grad():
+            model(IDS[:1], cache=KVCache(model.config, 10**14, 1))
+
+
+@METHODS
+def test_chat_with_virtual_tokens(method, folders, tmp_path, monkeypatch, capsys):
+    """Several turns, until the oldest is forgotten: the conversation has the positions that the virtual tokens leave."""
+    model = virtual(folders["gpt2"], method, n=8)
+    peft_files.save(model, tmp_path)
+    lengths, real = [], generate.Reply
+    monkeypatch.setattr(generate, "Reply", lambda config, ids, *a, **k: lengths.append(len(ids)) or real(config, ids, *a, **k))
+    said = iter(["Say hi."] * 4)
+    monkeypatch.setattr("builtins.input", lambda *_: next(said, None) or (_ for _ in ()).throw(EOFError))
+    generate.main(["--model", str(folders["gpt2"]), "--adapter", str(tmp_path), "--max-new-tokens", "8", "--device", "cpu"])
+    assert len(lengths) == 4 and lengths[0] < lengths[1] and max(lengths) <= 128 - 8 - 8
+    assert "its oldest messages are forgotten" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- the start
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+@METHODS
+@FAMILIES
+@torch.no_grad()
+def test_training_starts_at_the_model_after_the_text(family, method, bits, folders):
+    """--virtual-init "Answer politely:": the first logits are those of this text and the prompt, without an adapter."""
+    cfg = train.TrainConfig(model=str(folders[family]), method=method, virtual_init="Answer politely:", device="cpu")
+    ids = prepare.first_words(cfg)
+    assert data.load_tokenizer(cfg.model).decode(ids) == "Answer politely:"
+    plain = weights.load(folders[family], bits)
+    wanted = plain(torch.cat([torch.tensor([ids] * 2), IDS], 1))[:, len(ids):].float()
+    cfg.virtual_tokens = len(ids)
+    model = weights.load(folders[family], bits)
+    prepare.set_trainable(model, cfg)
+    assert (model(IDS).float() - wanted).abs().max() <= (1e-5 if bits == 32 else 0.05) * wanted.std()
+    if method == "prompt":
+        rows = prompt.embedding(plain)[1].weight
+        assert torch.equal(trained(model)[0], rows[ids].float())
+        for n in (2, 2 * len(ids) + 1):
+            cfg.virtual_tokens, other = n, weights.load(folders[family], bits)
+            prepare.set_trainable(other, cfg)
+            assert torch.equal(trained(other)[0], rows[(ids * 3)[:n]].float())
+
+
+def test_amp_starts_a_prefix_where_the_step_computes_it(folders):
+    """In float32, the start of a prefix differs from what the 16-bit step has for the same words."""
+    cfg = train.TrainConfig(model=str(folders["llama"]), method="prefix", virtual_tokens=4, virtual_init="words", device="cpu",
+                            amp=True, bits=16)
+    model = prepare.load_model(cfg)
+    assert torch.equal(trained(model)[0], trained(model)[0].bfloat16().float())
+
+
+def test_words_are_of_the_vocabulary(folders, tmp_path):
+    cfg = train.TrainConfig(model=str(folders["gpt2"]), virtual_tokens=500, virtual_init="words")
+    ids = prepare.first_words(cfg)
+    assert 300 <= min(ids) < 350 and 4000 < max(ids) < 4096 and ids == prepare.first_words(cfg)
+    cfg.seed = 1
+    assert ids != prepare.first_words(cfg)
+    cfg.model = str(make_folder(tmp_path / "tiny", vocab_size=60, eos_token_id=5, bos_token_id=5))
+    assert 30 <= min(prepare.first_words(cfg)) <= max(prepare.first_words(cfg)) < 60
+
+
+def test_random_starts_are_of_the_size_of_words(folders):
+    model = prompt.inject(weights.load(folders["gpt2"]), 100)
+    assert trained(model)[0].std().item() == pytest.approx(prompt.embedding(model)[1].weight.std().item(), rel=0.1)
+    assert trained(prefix.inject(weights.load(folders["gpt2"]), 100))[0].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+@pytest.fixture(scope="module")
+def files(folders, tmp_path_factory):
+    root = tmp_path_factory.mktemp("rows")
+    return make_data(root / "data.jsonl", 12), make_data(root / "val.jsonl", 3)
+
+
+@pytest.fixture
+def go(folders, files, tmp_path, monkeypatch):
+    """go(name, method, ...): a run of 3 steps in tmp_path/name -> the lines of its steps."""
+    no_picture(monkeypatch)
+
+    def train_it(name, method, family="llama", **more):
+        more = {"data": files[0], "val_data": str(files[1]), "batch_size": 4, "steps": 3, "method": method,
+                "virtual_tokens": N, "max_length": 120, **more}
+        return run(tmp_path / name, folders[family], **more)
+    return train_it
+
+
+@METHODS
+def test_equivalent_runs_take_the_same_steps(method, go):
+    wanted = go("plain", method)
+    for n, other in enumerate(({"batch_size": 2, "grad_accum": 2}, {"pack": True}, {"ckpt_every": 1},
+                               {"optimizer": "offload_adamw"}, {"ckpt_every": 2, "batch_size": 1, "grad_accum": 4})):
+        found = go(f"{n}", method, **other)
+        for key in ("loss", "grad_norm"):
+            assert [s[key] for s in found] == pytest.approx([s[key] for s in wanted], rel=1e-4), other
+
+
+@pytest.mark.parametrize("more", [
+    {"amp": True}, {"amp": True, "bits": 8, "pack": True}, {"bits": 4, "ckpt_every": 1}, {"optimizer": "adamw8bit"},
+    {"amp": True, "optimizer": "paged_adamw8bit"}], ids=str)
+@METHODS
+def test_other_forms_stay_near_the_plain_run(method, more, go):
+    """Coarser weights, states and products: the same losses within their rounding, and something is learned."""
+    wanted, found = go("plain", method, lr=0.05, steps=4), go("other", method, lr=0.05, steps=4, **more)
+    assert [s["loss"] for s in found] == pytest.approx([s["loss"] for s in wanted], rel=0.05)
+    assert all(s["grad_norm"] > 1e-3 for s in found)
+
+
+@METHODS
+def test_a_run_learns_resumes_bit_for_bit_and_goes_on_from_its_adapter(method, go, tmp_path, monkeypatch):
+    more = {"lr": 0.05, "steps": 6, "eval_every": 3, "save_every": 2, "samples": 1, "pack": True}
+    wanted, step = go("whole", method, **more), AdamW.step
+    before, *_, after = (x["val_loss"] for x in evaluations(tmp_path / "whole"))
+    assert after < before - 0.02
+
+    def interrupted(self, calls=[]):  # noqa: B006 (counts)
+        calls.append(self)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        step(self)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(AdamW, "step", interrupted)
+        go("half", method, **more)
+    train.main(train.TrainConfig(out=str(tmp_path / "half"), resume=True))
+    assert timeless(lines(tmp_path / "half")) == timeless(lines(tmp_path / "whole"))
+    state = "state/state.safetensors"
+    a, b = load_file(tmp_path / "half" / state), load_file(tmp_path / "whole" / state)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and len(wanted) == 6
+    go("second", "lora", adapter=str(tmp_path / "whole" / "adapter"), virtual_tokens=None, steps=1, pack=True)
+    assert evaluations(tmp_path / "second")[0]["val_loss"] == pytest.approx(after, abs=1e-5)
+    said = json.loads((tmp_path / "second" / "config.json").read_text())["options"]
+    assert (said["method"], said["virtual_tokens"]) == (method, N)
+
+
+class InProcess(NoPredictor):
+    """A Predictor that answers in this process."""
+
+    def ask(self, cfg, steps):
+        self.found = predict.predict(cfg, weights.config_of(cfg.model)[2], steps, ask.machine(cfg.device))
+        return self
+
+    def answer(self):
+        return self.found
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"amp": True, "pack": True, "ckpt_every": 1}, {"optimizer": "adamw8bit", "bits": 4, "grad_accum": 2},
+    {"pack": True, "batch_size": 5}, {"long": True}], ids=str)
+@METHODS
+@FAMILIES
+def test_what_is_predicted_is_measured(family, method, more, go, tmp_path, monkeypatch, on_device):
+    """long: the longest rows are cut at --max-length, all positions that the virtual tokens leave."""
+    monkeypatch.setattr(ask, "Predictor", InProcess)
+    on_device()
+    more, is_long = dict(more), more.get("long")
+    if more.pop("long", False):
+        rows = [{"instruction": "Count.", "output": "one two three " * n} for n in (2, 90, 30, 80, 1, 5, 7, 9)]
+        more |= {"data": tmp_path / "long.jsonl", "max_length": 128 - N}
+        more["data"].write_text("".join(json.dumps(r) + "\n" for r in rows))
+    go("run", method, family, **more)
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())["memory"]
+    near = 0.02 * found["measured_peak"] if more.get("amp") and family != "llama" else 0  # (test_predict.py says why)
+    assert found["predicted_peak"] == pytest.approx(found["measured_peak"], abs=near)
+    for c in memory.CATEGORIES:
+        assert abs(found["by_category"][c] - found["predicted_by_category"][c]) <= near, (c, found)
+    p = {"prompt": 32, "prefix": 3 * 2 * (32 if family == "gpt2" else 16)}[method] * N
+    assert found["by_category"]["adapters"] == 4 * p
+    assert is_long is None or found["measured_peak"] > 4e6
+
+
+@METHODS
+def test_dry_run_of_an_adapter_in_another_process(method, folders, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(ask, "Predictor", REAL_PREDICTOR)
+    peft_files.save(virtual(folders["llama"], method), tmp_path / "adapter")
+    cfg = options("unused", folders["llama"], files[0], max_length=120, dry_run=True, adapter=str(tmp_path / "adapter"))
+    assert train.main(cfg)["by_category"]["adapters"] == 4 * N * {"prompt": 32, "prefix": 3 * 2 * 16}[method]
