@@ -151,8 +151,8 @@ def load(model: nn.Module, folder) -> nn.Module:
         raise UserError(f"{path}: prompt_embeddings is {list(P.shape)}, this model takes [{len(P)}, {width}]")
     heads = {"num_layers": c.n_layer, "token_dim": c.n_kv_head * c.head_dim, "num_attention_heads": c.n_kv_head}
     for name, value in heads.items() if method == "prefix" else ():  # (the width alone is a product of them)
-        if getattr(config, name) not in (None, value):
-            raise UserError(f"{path.with_name('adapter_config.json')}: {name} {getattr(config, name)}: this model has {value}")
+        if (its := getattr(config, name)) not in (None, value):
+            raise UserError(f"{path.with_name('adapter_config.json')}: {name} {its}: this model has {value}")
     prompt.check(c, len(P), str(path))
     {"prompt": prompt, "prefix": prefix}[method].inject(model, len(P))
     with torch.no_grad():
@@ -165,7 +165,7 @@ def load(model: nn.Module, folder) -> nn.Module:
 
 
 def only(config: MethodConfig, tensors: dict, path: Path) -> torch.Tensor:
-    """prompt_embeddings (n, width). A file of PEFT with prefix_projection has them too, as its extra network computes them."""
+    """prompt_embeddings (n, width). With prefix_projection, PEFT saves what its extra network computes: the same."""
     if tensors.keys() != {"prompt_embeddings"}:
         other = next((k for k in tensors if k != "prompt_embeddings"), None)
         raise UserError(f"{path}: " + (f"tensor {other} has no place in this model" if other else

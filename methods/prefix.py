@@ -10,7 +10,7 @@ empty slot, and costs nothing more. In training K_l and V_l are joined to the te
 each example, and attention lets every position see them (techniques/attention.py).
 
 Cost: 16 * 2 n K D bytes a layer. GPT-2 124M, n = 20: 12 * 16 * 2 * 20 * 768 = 5.9 MB. Backward keeps n places more of
-attention's q, k, v and output: 4 n (C + K D) bytes a row and layer more in 16 bit, 61 kB here. (On a CPU 4 n K D.)
+attention's q, k, v and output: 4 n (C + K D) bytes a row and layer more in 16 bit, 123 kB here. (On a CPU 4 n K D, 61 kB.)
 
 They start at the k and v that the model itself has for some words, so training starts at "the model, after these words".
 """

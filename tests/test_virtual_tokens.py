@@ -4,10 +4,11 @@ import json
 import pytest
 import torch
 from conftest import REAL_PREDICTOR, NoPredictor, make_data, make_folder
-from runs import evaluations, lines, no_picture, options, run, steps, timeless
+from runs import evaluations, lines, no_picture, options, run, timeless
 from safetensors.torch import load_file, save_file
 
 import data
+import export
 import generate
 import memory
 import train
@@ -17,6 +18,7 @@ from ledger import ask, predict
 from methods import prefix, prompt
 from run import prepare
 from techniques import attention
+from techniques.device import autocast
 from techniques.kv_cache import KVCache
 from techniques.optim import AdamW
 
@@ -149,21 +151,23 @@ def test_without_a_prefix_attention_calls_the_kernel_with_what_it_was_given(monk
     assert first == (q, q, q, None) and options["is_causal"] and not last["is_causal"]
 
 
-def test_in_backward_a_prefix_keeps_its_places_and_no_mask(folders):
-    """methods/prefix.py: n places of q, k, v and the output, 4 bytes a number in float32. prompt.py: all that a token has."""
-    def kept(model):
-        with memory.Ledger(model) as ledger:
-            loss = model.hidden(IDS).sum()
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_in_backward_a_prefix_keeps_its_places_and_no_mask(family, amp, folders, on_device):
+    """methods/prefix.py: n places more of q, k, v and the output, 8 n (C + K D) bytes in float32, and a number for
+    each row of q. In 16 bit a CPU keeps q, k and v as they were joined (attention.Float32Backward): 4 n K D."""
+    on_device(half=torch.bfloat16, products=torch.bfloat16, float32_backward=True)
+
+    def kept(n):
+        model = virtual(folders[family], "prefix", n, 16 if amp else 32, None)
+        with autocast("cpu", amp), memory.Ledger(model) as ledger:
+            h = model.hidden(IDS)
             ledger.keep()
-            now = ledger.live["activations"]
-            del loss
-        return now
-    lora_free = weights.load(folders["llama"])
-    c = lora_free.config
-    small, large = (kept(virtual(folders["llama"], "prefix", n)) for n in (4, 10))
-    rows, layers, K = len(IDS), c.n_layer, c.n_kv_head * c.head_dim
-    statistic = 4 * c.n_head  # the kernel's one number a row
-    assert large - small == 6 * rows * layers * (4 * (2 * c.n_embd + 2 * K) + statistic)
+            return ledger.live["activations"], model.config, h.shape
+    (small, c, _), (large, *_) = kept(4), kept(10)
+    KD = c.n_kv_head * c.head_dim
+    per_place = 4 * KD if amp else 8 * (c.n_embd + KD) + 4 * c.n_head
+    assert large - small == 6 * len(IDS) * c.n_layer * per_place
 
 
 # ---------------------------------------------------------------------------------------------- generation
@@ -214,7 +218,7 @@ def test_the_text_has_the_positions_that_are_left(method, folders):
     left = 128 - N
     one = generate.Reply(model.config, [1] * (left - 1), temperature=0, max_new_tokens=9)
     assert len(list(generate.run(model, [one]))) == 1 and one.finish_reason == "length"
-    with pytest.raises(UserError, match=f"the prompt has {left} tokens, the model {left} positions after {N} virtual tokens"):
+    with pytest.raises(UserError, match=f"has {left} tokens, the model {left} positions after {N} virtual tokens"):
         generate.Reply(model.config, [1] * left)
 
 
@@ -244,7 +248,7 @@ def test_chat_with_virtual_tokens(method, folders, tmp_path, monkeypatch, capsys
     model = virtual(folders["gpt2"], method, n=8)
     peft_files.save(model, tmp_path)
     lengths, real = [], generate.Reply
-    monkeypatch.setattr(generate, "Reply", lambda config, ids, *a, **k: lengths.append(len(ids)) or real(config, ids, *a, **k))
+    monkeypatch.setattr(generate, "Reply", lambda c, ids, *a, **k: lengths.append(len(ids)) or real(c, ids, *a, **k))
     said = iter(["Say hi."] * 4)
     monkeypatch.setattr("builtins.input", lambda *_: next(said, None) or (_ for _ in ()).throw(EOFError))
     generate.main(["--model", str(folders["gpt2"]), "--adapter", str(tmp_path), "--max-new-tokens", "8", "--device", "cpu"])
@@ -280,8 +284,8 @@ def test_training_starts_at_the_model_after_the_text(family, method, bits, folde
 
 def test_amp_starts_a_prefix_where_the_step_computes_it(folders):
     """In float32, the start of a prefix differs from what the 16-bit step has for the same words."""
-    cfg = train.TrainConfig(model=str(folders["llama"]), method="prefix", virtual_tokens=4, virtual_init="words", device="cpu",
-                            amp=True, bits=16)
+    cfg = train.TrainConfig(model=str(folders["llama"]), method="prefix", virtual_tokens=4, virtual_init="words",
+                            device="cpu", amp=True, bits=16)
     model = prepare.load_model(cfg)
     assert torch.equal(trained(model)[0], trained(model)[0].bfloat16().float())
 
@@ -405,9 +409,115 @@ def test_what_is_predicted_is_measured(family, method, more, go, tmp_path, monke
     assert is_long is None or found["measured_peak"] > 4e6
 
 
-@METHODS
-def test_dry_run_of_an_adapter_in_another_process(method, folders, files, tmp_path, monkeypatch):
+def test_dry_run_of_an_adapter_in_another_process(folders, files, tmp_path, monkeypatch):
     monkeypatch.setattr(ask, "Predictor", REAL_PREDICTOR)
-    peft_files.save(virtual(folders["llama"], method), tmp_path / "adapter")
+    peft_files.save(virtual(folders["llama"], "prefix"), tmp_path / "adapter")
     cfg = options("unused", folders["llama"], files[0], max_length=120, dry_run=True, adapter=str(tmp_path / "adapter"))
-    assert train.main(cfg)["by_category"]["adapters"] == 4 * N * {"prompt": 32, "prefix": 3 * 2 * 16}[method]
+    assert train.main(cfg)["by_category"]["adapters"] == 4 * N * 3 * 2 * 16
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+def edited(folder, change=None, **config):
+    """An adapter whose tensors and adapter_config.json are changed."""
+    file, path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if change:
+        save_file({k: t.contiguous() for k, t in change(load_file(file)).items()}, file)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+
+def one(change):
+    return lambda tensors: {k: change(t) for k, t in tensors.items()}
+
+
+@pytest.mark.parametrize("change, config, says", [
+    (None, {"num_virtual_tokens": 6}, r"safetensors: prompt_embeddings is \[5, \d+\].*num_virtual_tokens 6"),
+    (None, {"num_virtual_tokens": 0}, "json: num_virtual_tokens"),
+    (None, {"num_virtual_tokens": "5"}, "json: num_virtual_tokens"),
+    (None, {"num_transformer_submodules": 2}, "json: num_transformer_submodules 2: a decoder has 1"),
+    (None, {"peft_type": "P_TUNING"}, "json: peft_type 'P_TUNING' is not implemented"),
+    (None, {"modules_to_save": ["lm_head"]}, "json: option modules_to_save"),
+    (one(lambda t: t * torch.nan), {}, "safetensors: tensor prompt_embeddings.* not finite"),
+    (one(lambda t: t.int()), {}, "safetensors: tensor prompt_embeddings holds torch.int32"),
+    (one(lambda t: t[0, 0]), {}, r"safetensors: prompt_embeddings is \[\]"),
+    (one(lambda t: t[:0]), {"num_virtual_tokens": None}, r"safetensors: prompt_embeddings is \[0, \d+\]"),
+    (one(lambda t: t[:, 1:]), {}, r"safetensors: prompt_embeddings is \[5, \d+\], this model takes \[5, \d+\]"),
+    (one(lambda t: t[:1].repeat(127, 1)), {"num_virtual_tokens": 127},
+     "safetensors: 127 virtual tokens: must be from 1 to 126, the model has 128 positions"),
+    (lambda t: {**t, "lm_head": torch.ones(2)}, {}, "safetensors: tensor lm_head has no place"),
+    (lambda t: {}, {}, "safetensors: no prompt_embeddings"),
+], ids=lambda x: "" if callable(x) else None)
+@METHODS
+def test_a_file_that_does_not_fit(method, change, config, says, folders, tmp_path):
+    peft_files.save(virtual(folders["llama"], method), tmp_path)
+    edited(tmp_path, change, **config)
+    with pytest.raises(UserError, match=says) as e:
+        peft_files.load(weights.load(folders["llama"]), tmp_path)
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError):  # train.py asks this first
+        train.main(options("unused", folders["llama"], "absent", adapter=str(tmp_path), max_length=None, show_batch=True))
+
+
+def test_a_prefix_of_another_model(folders, tmp_path):
+    """GPT-2's prefix is 32 wide in each layer. The same numbers in other heads or layers are another prefix."""
+    peft_files.save(virtual(folders["gpt2"], "prefix"), tmp_path)
+    with pytest.raises(UserError, match=r"safetensors: prompt_embeddings is \[5, 192\], this model takes \[5, 96\]"):
+        peft_files.load(weights.load(folders["llama"]), tmp_path)
+    for name in ("num_layers", "token_dim", "num_attention_heads"):
+        right = json.loads((tmp_path / "adapter_config.json").read_text())[name]
+        edited(tmp_path, **{name: 2 * right})
+        with pytest.raises(UserError, match=f"adapter_config.json: {name} {2 * right}: this model has {right}"):
+            peft_files.load(weights.load(folders["gpt2"]), tmp_path)
+        edited(tmp_path, **{name: right})
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match="adapter_model.bin: pickle weights are not loaded"):
+        peft_files.load(weights.load(folders["gpt2"]), tmp_path)
+
+
+@METHODS
+def test_a_state_of_another_size(method, go, tmp_path):
+    go("a", method, steps=1)
+    go("b", method, steps=1, virtual_tokens=3)
+    state = "state/state.safetensors"
+    (tmp_path / "b" / state).write_bytes((tmp_path / "a" / state).read_bytes())
+    (tmp_path / "b" / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"state.safetensors: .* has shape \[.*5.*\] of float32, not \[.*3.*\] of float32"):
+        train.main(train.TrainConfig(out=str(tmp_path / "b"), resume=True))
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"method": "prompt", "virtual_tokens": 127}, "--virtual-tokens 127: must be from 1 to 126, the model has 128 pos"),
+    ({"method": "prefix", "virtual_tokens": 0}, "--virtual-tokens 0"),
+    ({"method": "prefix", "max_length": 120},
+     "--max-length 120: .* has 128 positions, of which --virtual-tokens takes 20"),
+    ({"virtual_tokens": 5}, "--virtual-tokens has no effect with --method lora, only with prompt and prefix"),
+    ({"method": "ia3", "virtual_init": "words"}, "--virtual-init has no effect with --method ia3"),
+    ({"method": "prompt", "virtual_init": ""}, "--virtual-init: the text is empty"),
+    ({"method": "prefix", "virtual_init": ""}, "--virtual-init: the text is empty"),
+    ({"method": "prefix", "compile": True}, "--compile with --method prefix"),
+    ({"method": "prompt", "lora_r": 4}, "--lora-r has no effect with --method prompt"),
+], ids=str)
+def test_options_that_cannot_be(more, says, folders, files, tmp_path):
+    with pytest.raises(UserError, match=says):
+        train.main(options(tmp_path / "run", folders["llama"], files[0], **{"max_length": None, "steps": 1, **more}))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@METHODS
+def test_the_largest_prompt_leaves_room_for_a_word_and_a_reply(method, go, tmp_path):
+    """Two positions are left: a run trains on examples of two tokens, and samples a reply."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 6)
+    go("run", method, data=rows, val_data=str(rows), virtual_tokens=126, max_length=2, steps=1, samples=1)
+    assert (tmp_path / "run" / "samples.md").is_file()
+
+
+@METHODS
+def test_virtual_tokens_cannot_be_merged_and_are_put_on_once(method, folders, tmp_path):
+    model = virtual(folders["llama"], method)
+    peft_files.save(model, tmp_path / "adapter")
+    with pytest.raises(UserError, match="already has adapters"):
+        prefix.inject(model, N)
+    with pytest.raises(UserError, match=f"(?i){method}") as e:
+        export.merge(str(folders["llama"]), str(tmp_path / "adapter"), str(tmp_path / "merged"), "float32")
+    assert "\n" not in str(e.value) and not (tmp_path / "merged").exists()
