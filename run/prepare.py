@@ -12,7 +12,7 @@ from files import conversations, fingerprint, peft_files, rows, weights
 from methods import bottleneck, dora, ia3, prefix, prompt
 from run.options import TrainConfig
 from run.plan import Plan
-from techniques.device import autocast, compute_dtype, device_of
+from techniques.device import compute_dtype, device_of
 from techniques.optim import OPTIMIZERS, AdamW
 
 LOOKED_AT = 1000  # rows of each file that --show-batch reads
@@ -147,8 +147,7 @@ def set_trainable(model: nn.Module, cfg: TrainConfig, init: str = "default", lik
     elif cfg.method == "bottleneck":
         bottleneck.inject(model, cfg.bottleneck)
     else:
-        with autocast(cfg.device, cfg.amp):  # a prefix starts at what the model computes in the run
-            {"prompt": prompt, "prefix": prefix}[cfg.method].inject(model, cfg.virtual_tokens, first_words(cfg))
+        {"prompt": prompt, "prefix": prefix}[cfg.method].inject(model, cfg.virtual_tokens, first_words(cfg))
     model.ckpt_every, model.ckpt_offload = cfg.ckpt_every, cfg.ckpt_offload
 
 
