@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from conftest import REAL_PREDICTOR, NoPredictor, make_data, make_folder
-from runs import evaluations, lines, no_picture, options, run, timeless
+from runs import dataset_of, evaluations, lines, no_picture, options, run, timeless
 from safetensors.torch import load_file, save_file
 
 import data
@@ -17,6 +17,7 @@ from files import peft_files, weights
 from ledger import ask, predict
 from methods import prefix, prompt
 from run import prepare
+from run.plan import Plan
 from techniques import attention
 from techniques.device import autocast, device_of
 from techniques.kv_cache import KVCache
@@ -149,6 +150,14 @@ def test_without_a_prefix_attention_calls_the_kernel_with_what_it_was_given(monk
     assert attention.attend(q, q, q) is q and attention.attend(q[:, :, :1], q, q).shape[2] == 1
     (first, options), (_, last) = calls
     assert first == (q, q, q, None) and options["is_causal"] and not last["is_causal"]
+
+
+@pytest.mark.parametrize("pack, wanted", [(False, [2 * (9 + N), 4 + N]), (True, [9 + 4 + 2 * N, 4 + N])])
+def test_the_plan_counts_the_virtual_tokens(pack, wanted):
+    """Else a last micro-batch of few long texts would seem larger than one of many short texts."""
+    plan = Plan(dataset_of([data.Example([0] * n, [0] * n) for n in (4, 9, 4)]), 2, 1, 0, pack, N)
+    assert sorted(size[0] for step in (0, 1) for size in plan.sizes(step)) == wanted[::-1]
+    assert max(size[0] for size, *_ in plan.large_ones(0, range(2))) == wanted[0]
 
 
 @pytest.mark.parametrize("amp", [False, True])
