@@ -63,8 +63,9 @@ class Reply:
         if not ids:
             raise UserError("the prompt is empty: there is nothing to continue")
         if len(ids) >= config.n_positions:
-            raise UserError(f"the prompt has {len(ids)} tokens, the model {config.n_positions} positions: "
-                            f"nothing can follow")
+            n, virtual = config.n_positions, getattr(config, "n_virtual", 0)  # (methods/prompt.py)
+            raise UserError(f"the prompt has {len(ids)} tokens, the model {n} positions" +
+                            f" after {virtual} virtual tokens" * (virtual > 0) + ": nothing can follow")
         self.ids, self.tokenizer, self.stop = ids, tokenizer, stop
         self.stop_ids = tokenizer.stop_ids if tokenizer else stop_ids
         self.limit = min(max_new_tokens, config.n_positions - len(ids))

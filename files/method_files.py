@@ -85,7 +85,9 @@ class MethodConfig:
     peft_type: str
     num_virtual_tokens: int | None = field(default=None, metadata={"least": 1, "most": weights.LARGEST})
     num_transformer_submodules: int | None = None
-    prefix_projection: bool = False
+    num_layers: int | None = None
+    token_dim: int | None = None
+    num_attention_heads: int | None = None
     bottleneck: int | None = field(default=None, metadata={"least": 1, "most": weights.LARGEST})
     modules_to_save: list | None = None
 
@@ -107,8 +109,6 @@ def read(folder) -> tuple[MethodConfig, dict[str, torch.Tensor], Path]:
     config = checked(MethodConfig, raw, config_path)
     if config.modules_to_save:
         raise UserError(f"{config_path}: option modules_to_save: {show(config.modules_to_save)} is not implemented")
-    if config.prefix_projection:
-        raise UserError(f"{config_path}: option prefix_projection is not implemented; save the prefix that it computes")
     if config.num_transformer_submodules not in (None, 1):
         raise UserError(f"{config_path}: num_transformer_submodules {config.num_transformer_submodules}: a decoder has 1")
     if not path.is_file() and path.with_suffix(".bin").is_file():
@@ -128,7 +128,7 @@ def options(folder, name: str) -> dict:
     config, tensors, path = read(folder)
     found = {"method": method}
     if method in ("prompt", "prefix"):
-        found["virtual_tokens"] = len(only(tensors, path))
+        found["virtual_tokens"] = len(only(config, tensors, path))
     elif method == "bottleneck":
         check(path.with_name("adapter_config.json"), "bottleneck", config.bottleneck, int)
         found["bottleneck"] = config.bottleneck
@@ -145,11 +145,15 @@ def load(model: nn.Module, folder) -> nn.Module:
     if method == "bottleneck":
         load_bottleneck(model, config, tensors, path)
         return model
-    P, c = only(tensors, path), model.config
-    width = model.config.n_embd if method == "prompt" else c.n_layer * 2 * c.n_kv_head * c.head_dim
-    if P.dim() != 2 or P.shape[1] != width or len(P) != (config.num_virtual_tokens or len(P)):
-        raise UserError(f"{path}: prompt_embeddings is {list(P.shape)}, this model takes "
-                        f"[{config.num_virtual_tokens or 'n'}, {width}]")
+    P, c = only(config, tensors, path), model.config
+    width = c.n_embd if method == "prompt" else c.n_layer * 2 * c.n_kv_head * c.head_dim
+    if P.shape[1] != width:
+        raise UserError(f"{path}: prompt_embeddings is {list(P.shape)}, this model takes [{len(P)}, {width}]")
+    heads = {"num_layers": c.n_layer, "token_dim": c.n_kv_head * c.head_dim, "num_attention_heads": c.n_kv_head}
+    for name, value in heads.items() if method == "prefix" else ():  # (the width alone is a product of them)
+        if (its := getattr(config, name)) not in (None, value):
+            raise UserError(f"{path.with_name('adapter_config.json')}: {name} {its}: this model has {value}")
+    prompt.check(c, len(P), str(path))
     {"prompt": prompt, "prefix": prefix}[method].inject(model, len(P))
     with torch.no_grad():
         if method == "prompt":
@@ -160,12 +164,17 @@ def load(model: nn.Module, folder) -> nn.Module:
     return model
 
 
-def only(tensors: dict, path: Path) -> torch.Tensor:
+def only(config: MethodConfig, tensors: dict, path: Path) -> torch.Tensor:
+    """prompt_embeddings (n, width). With prefix_projection, PEFT saves what its extra network computes: the same."""
     if tensors.keys() != {"prompt_embeddings"}:
         other = next((k for k in tensors if k != "prompt_embeddings"), None)
         raise UserError(f"{path}: " + (f"tensor {other} has no place in this model" if other else
                                        "no prompt_embeddings in it"))
-    return tensors["prompt_embeddings"]
+    P, n = tensors["prompt_embeddings"], config.num_virtual_tokens
+    if P.dim() != 2 or not len(P) or n not in (None, len(P)):
+        raise UserError(f"{path}: prompt_embeddings is {list(P.shape)}; it must have a row for each virtual token, and "
+                        f"adapter_config.json says num_virtual_tokens {n}")
+    return P
 
 
 def load_bottleneck(model: nn.Module, config: MethodConfig, tensors: dict, path: Path):

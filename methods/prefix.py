@@ -9,8 +9,8 @@ It is a KV cache that is already filled with n words when the text begins, at po
 empty slot, and costs nothing more. In training K_l and V_l are joined to the text's k and v, in a packed row to those of
 each example, and attention lets every position see them (techniques/attention.py).
 
-Cost: 16 * 2 n K D bytes a layer. GPT-2 124M, n = 20: 12 * 16 * 2 * 20 * 768 = 5.9 MB. Backward keeps the joined k and v
-instead of the text's: 4 n K D bytes a row and layer more in 16 bit.
+Cost: 16 * 2 n K D bytes a layer. GPT-2 124M, n = 20: 12 * 16 * 2 * 20 * 768 = 5.9 MB. Backward keeps n places more of
+attention's q, k, v and output: 4 n (C + K D) bytes a row and layer more in 16 bit, 123 kB here. (On a CPU 4 n K D, 61 kB.)
 
 They start at the k and v that the model itself has for some words, so training starts at "the model, after these words".
 """
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from methods.prompt import before_the_text, check, embedding, empty_slots, repeated
-from techniques.device import autocast
+from methods.prompt import before_the_text, check, empty_slots, repeated
 from techniques.kv_cache import KVCache
 
 
@@ -32,19 +31,25 @@ class Prefix(nn.Module):
 
 
 class Before:
-    """What a model takes for its KV cache in a training step: it joins the prefix to each text's k and v."""
+    """What a model takes for its KV cache: it puts the prefix before each text.
 
-    def __init__(self, prefix: Prefix, segments: list[int] | None):
-        self.prefix, self.segments = prefix, segments
+    cache: the real one, in generation; slots: those whose text begins with this forward.
+    """
+
+    def __init__(self, prefix: Prefix, segments: list[int] | None = None, cache: KVCache | None = None, slots=()):
+        self.prefix, self.segments, self.cache, self.slots = prefix, segments, cache, slots
 
     def extend(self, layer: int, k: Tensor, v: Tensor):
         """k, v (B, K, T, D) -> (B, K, n + T, D), and no mask; in a packed row n more for each of its examples."""
-        return *(self.joined(p, x) for p, x in zip(self.prefix.keys_values[layer], (k, v))), None
+        mine = self.prefix.keys_values[layer].to(k.dtype)
+        if self.cache is None:
+            return self.joined(mine[0], k), self.joined(mine[1], v), None
+        self.cache.fill(layer, self.slots, *mine.detach())
+        return self.cache.extend(layer, k, v)
 
     def joined(self, p: Tensor, x: Tensor) -> Tensor:
-        p = p.to(x.dtype).expand(len(x), -1, -1, -1)
-        pieces = x.split(self.segments, 2) if self.segments else [x]
-        return torch.cat([y for piece in pieces for y in (p, piece)], 2)
+        p = p.expand(len(x), -1, -1, -1)
+        return torch.cat([y for text in x.split(self.segments or x.shape[2], 2) for y in (p, text)], 2)
 
 
 def inject(model: nn.Module, n: int = 20, ids: list[int] | None = None) -> nn.Module:
@@ -58,30 +63,22 @@ def inject(model: nn.Module, n: int = 20, ids: list[int] | None = None) -> nn.Mo
     start = torch.randn(c.n_layer, 2, c.n_kv_head, n, c.head_dim, device=device) * 0.02
     if ids:
         cache = KVCache(c, n, 1)
-        with torch.no_grad(), autocast(device, getattr(model, "bits", 32) < 32):
+        with torch.no_grad():
             model.hidden(torch.tensor([repeated(ids, n)], device=device), cache=cache)
-        start = torch.stack([torch.stack([k[0], v[0]]) for k, v in zip(cache.k, cache.v)])
+        start = torch.stack([torch.cat([k, v]) for k, v in zip(cache.k, cache.v)])
     model.requires_grad_(False)
     model.prefix_tokens = Prefix(start)
     return before_the_text(model, "prefix", n, hidden)
 
 
-def type_of_k(model: nn.Module, ids: Tensor) -> torch.dtype:
-    """The type in which the model's layers compute k and v: that of the residual stream, or autocast's."""
-    if torch.is_autocast_enabled(ids.device.type):
-        return torch.get_autocast_dtype(ids.device.type)
-    return embedding(model)[1](ids[:1, :1]).dtype
-
-
 def hidden(model, ids: Tensor, positions: Tensor | None = None, segments: list[int] | None = None, cache=None) -> Tensor:
     """The model's `hidden` with the prefix before each text. Arguments and result are those of the model's own."""
-    run, n, prefix = type(model).hidden, model.config.n_virtual, model.prefix_tokens
-    if cache is not None:
-        if slots := empty_slots(cache, len(ids)):
-            with torch.no_grad():
-                kv = prefix.keys_values.to(type_of_k(model, ids))
-                for slot in slots:
-                    cache.fill(slot, *kv.unbind(1))
-        return run(model, ids, positions, segments, cache)
-    positions = n + (torch.arange(ids.shape[1], device=ids.device) if positions is None else positions)
-    return run(model, ids, positions, segments, Before(prefix, segments))
+    n, before = model.config.n_virtual, Before(model.prefix_tokens, segments, cache)
+    if cache is None:
+        positions = n + (torch.arange(ids.shape[1], device=ids.device) if positions is None else positions)
+    else:
+        before.slots = empty_slots(cache, len(ids))
+        for slot in before.slots:
+            cache.lengths[slot] = n
+        positions = cache.positions(ids)
+    return type(model).hidden(model, ids, positions, segments, before)

@@ -52,17 +52,18 @@ def inject(model: nn.Module, n: int = 20, ids: list[int] | None = None) -> nn.Mo
     lora.refuse_adapters(model)
     check(model.config, n)
     name, base = embedding(model)
-    W = base.weight.detach().float()
+    W = base.weight.detach()
     start = W[repeated(ids, n)] if ids else torch.randn(n, W.shape[1], device=W.device) * W.std()
     model.requires_grad_(False)
     lora.replace(model, name, PromptedEmbedding(base, start))
     return before_the_text(model, "prompt", n, hidden)
 
 
-def check(config, n: int):
-    if not 1 <= n < config.n_positions:
-        raise UserError(f"--virtual-tokens {n}: must be at least 1, and leave some of the model's {config.n_positions} "
-                        f"positions to the text")
+def check(config, n: int, where: str = ""):
+    """Raises UserError unless the model has room for n virtual tokens, a word and a reply. where: of a file, its name."""
+    if not 1 <= n <= config.n_positions - 2:
+        raise UserError((f"{where}: {n} virtual tokens" if where else f"--virtual-tokens {n}") +
+                        f": must be from 1 to {config.n_positions - 2}, the model has {config.n_positions} positions")
 
 
 def repeated(ids: list[int], n: int) -> list[int]:

@@ -215,8 +215,8 @@ def resolve_for(cfg: TrainConfig, config, stored: int | None):
     cfg.bits = resolve_bits(cfg, stored)
     positions, virtual = config.n_positions - (cfg.virtual_tokens or 0), ""
     if cfg.virtual_tokens:
-        prompt.check(config, cfg.virtual_tokens)
-        virtual = f", and {cfg.virtual_tokens} of them are virtual tokens"
+        prompt.check(config, cfg.virtual_tokens, cfg.adapter or "")
+        virtual = f", of which --virtual-tokens takes {cfg.virtual_tokens}"
     cfg.max_length = cfg.max_length or min(512, positions)
     if cfg.max_length > positions:
         raise UserError(f"--max-length {cfg.max_length}: {cfg.model} has {config.n_positions} positions{virtual}")
@@ -245,7 +245,8 @@ def resolve_method(cfg: TrainConfig):
     if cfg.method == "bottleneck":
         cfg.bottleneck = cfg.bottleneck or 64
     if cfg.method in ("prompt", "prefix"):
-        cfg.virtual_tokens, cfg.virtual_init = cfg.virtual_tokens or 20, cfg.virtual_init or "words"
+        cfg.virtual_tokens = cfg.virtual_tokens or 20
+        cfg.virtual_init = "words" if cfg.virtual_init is None else cfg.virtual_init
     if cfg.method == "prefix" and cfg.compile:
         raise UserError("--compile with --method prefix: a block that is given a prefix is not compiled; leave one out")
 

@@ -169,18 +169,22 @@ def set_trainable(model: nn.Module, cfg: TrainConfig, init: str = "default", lik
 
 
 def first_words(cfg: TrainConfig) -> list[int] | None:
-    """--virtual-init: the ids that virtual tokens start from. Words: drawn from the tokenizer's first 5,000 tokens after its
-    single bytes, which are its most frequent ones (Lester et al., section 3.2, draw from 5,000 too). Raises UserError."""
+    """--virtual-init: the ids that virtual tokens start from. Raises UserError.
+
+    Words: drawn from the ids 300 to 5,299 (Lester et al., section 3.2, draw from the 5,000 most frequent words too). Before
+    them a vocabulary has its special tokens and its single bytes: GPT-2 256 of them, LLaMA 2 259, SmolLM2 273. Then come its
+    merges in the order in which they were learned, so these are frequent words and pieces of words.
+    """
     if cfg.virtual_init == "random":
         return None
     tokenizer = data.load_tokenizer(cfg.model)
     if cfg.virtual_init == "words":
         model_config, _, _ = weights.read_config(weights.find(cfg.model))
-        rng, most = torch.Generator().manual_seed(cfg.seed), min(5256, model_config.vocab_size)
-        return torch.randint(min(256, most // 2), most, (cfg.virtual_tokens,), generator=rng).tolist()
+        rng, most = torch.Generator().manual_seed(cfg.seed), min(5300, tokenizer.vocab_size, model_config.vocab_size)
+        return torch.randint(min(300, most // 2), most, (cfg.virtual_tokens,), generator=rng).tolist()
     ids = tokenizer.encode(cfg.virtual_init)
     if not ids:
-        raise UserError("--virtual-init: the text has no tokens")
+        raise UserError("--virtual-init: the text is empty; give words, random, or a text such as 'Answer politely:'")
     return ids
 
 

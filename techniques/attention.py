@@ -7,7 +7,7 @@ arXiv:2205.14135) and keeps q, k, v, y and one float per row for backward. GPT-2
 would be 4 * 12 heads * 1024^2 * 4 bytes = 201 MB in each of its 12 layers.
 """
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from techniques.device import device_of
 
@@ -46,9 +46,9 @@ def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool 
 
 
 def one_text(q, k, v, mask, gqa: bool):
-    T, S = q.shape[2], k.shape[2]
-    if mask is None and 1 < T < S:  # is_causal would let position t see s <= t alone
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    T, before = q.shape[2], k.shape[2] - q.shape[2]
+    if mask is None and T > 1 and before:  # a prefix: with as many empty queries before q, is_causal is right. With a T x S
+        return one_text(pad(q, (0, 0, before, 0)), k, v, None, gqa)[:, :, before:]  # mask, each layer would keep 4 T S bytes
     return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=gqa)
 
 

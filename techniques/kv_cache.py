@@ -99,13 +99,11 @@ class KVCache:
                 raise UserError(f"the KV cache ({shape[0]} slots of {shape[2]} tokens) does not fit into memory; use a "
                                 f"smaller --batch-size or --max-new-tokens") from None
 
-    def fill(self, slot: int, k: Tensor, v: Tensor):
-        """Give an empty slot its first n tokens: k and v (n_layer, K, n, D), in the type in which the model computes."""
-        n = k.shape[2]
-        for layer in range(self.n_layer):
-            self.allocate(layer, k[layer])
-            self.k[layer][slot, :, :n], self.v[layer][slot, :, :n] = k[layer], v[layer]
-        self.lengths[slot] = n
+    def fill(self, layer: int, slots: list[int], k: Tensor, v: Tensor):
+        """Put k and v (K, n, D) at the first n places of a layer's slots. (The slots' lengths count them already.)"""
+        self.allocate(layer, k)
+        for slot in slots:
+            self.k[layer][slot, :, :k.shape[1]], self.v[layer][slot, :, :k.shape[1]] = k, v
 
     def plan(self, B: int, T: int, device):
         """What all layers of a forward share: where its tokens go, and what each of them sees."""
