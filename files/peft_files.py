@@ -204,7 +204,8 @@ def options(folder, name: str) -> dict:
         names.add(short if layers.issuperset(lora.matches(model, linears, short)) else whole)
     first = next(iter(adapters.values()))
     return {"method": first.method, "lora_r": first.r, "lora_alpha": float(first.alpha),
-            "lora_dropout": float(first.dropout), "rslora": first.rslora, "lora_targets": ",".join(sorted(names)), "lora_init": trained_with(folder)[0]}
+            "lora_dropout": float(first.dropout), "rslora": first.rslora, "lora_targets": ",".join(sorted(names)),
+            "lora_init": trained_with(folder)[0]}
 
 
 def load(model: nn.Module, folder):
@@ -250,8 +251,8 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
     linears = {n: m for n, m in model.named_modules() if lora.is_linear(m)}
     kinds = (*KINDS, "lora_magnitude_vector") if config.use_dora else KINDS
     factors, (all_parts, init, _) = read_factors(model, path, linears, kinds)
-    if config.use_dora:
-        dora.refuse_head(model, factors)
+    layer = dora.DoRALinear if config.use_dora else lora.LoRALinear
+    lora.refuse_head(model, factors, layer)
     rule = STARTS[init]
     start_path = folder / "start.safetensors"
     starts = read_factors(model, start_path, linears)[0] if rule.start_file else {}
@@ -276,7 +277,6 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
             raise UserError(f"{path}: layer {name} has rank {len(a)}, adapter_config.json says {rank}"
                             + (f"; it must be a multiple of {n}" if n > 1 else ""))
         alpha /= math.sqrt(n) if config.use_rslora else n  # the saved alpha is for the whole rank
-        layer = dora.DoRALinear if config.use_dora else lora.LoRALinear
         m = layer(base, rank // n, alpha, config.lora_dropout, config.use_rslora, parts, device)
         if rule.joined:
             (a, a0), (b, b0) = a.chunk(2), b.chunk(2, 1)

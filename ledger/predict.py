@@ -36,7 +36,7 @@ import lora
 import memory
 import train
 from errors import UserError
-from files import peft_files, weights
+from files import method_files, peft_files, weights
 from ledger import allocator
 from ledger.hollow import Hollow, hollow, hollow_model
 from run import prepare
@@ -53,9 +53,10 @@ def predict(cfg: TrainConfig, raw_config: dict, steps: list, machine: dict) -> d
     cfg = dataclasses.replace(cfg, device="cpu", resume=False)
     steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k)) for n, k in m] for m in step] for step in steps]
     like = None
-    if cfg.adapter and cfg.method in ("lora", "dora"):
+    if cfg.adapter and cfg.method in ("lora", "dora", "ia3"):
         model = weights.without_storage(*reversed(weights.config_from(raw_config)))
-        like = peft_files.read(model, cfg.adapter, device="cpu")
+        read = method_files.read_ia3 if cfg.method == "ia3" else peft_files.read
+        like = read(model, cfg.adapter, device="cpu")
     elif not cfg.full:  # the shapes follow from the options
         cfg = dataclasses.replace(cfg, adapter=None, virtual_init=cfg.virtual_init and "random")
     with (one_thread(), torch.random.fork_rng([]), Hollow(), pretend("cpu", predicted_device(gpu, machine)) as device,

@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import lora
-from errors import UserError
 from techniques import half
 from techniques.quant import FrozenLinear
 
@@ -31,7 +30,7 @@ from techniques.quant import FrozenLinear
 class DoRALinear(lora.LoRALinear):
     """A LoRALinear with a magnitude for each row. magnitude: one vector for each part, as lora_B has one matrix."""
 
-    method = "dora"
+    method, fits_head = "dora", False
 
     def __init__(self, base: nn.Module, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
@@ -48,11 +47,11 @@ class DoRALinear(lora.LoRALinear):
 
     @torch.no_grad()
     def lengths(self) -> torch.Tensor:
-        """|V| (out,), in float32."""
+        """|V| (out,), in float32. A row of zeros is given a length, since one divides by it."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
             A, B, s = self.lora_A, self.B(), self.scale
             cross = (product(self.base_layer, A).t() * B).sum(1)
-            return (self.squares + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).clamp(min=0).sqrt()
+            return (self.squares + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).clamp(min=1e-30).sqrt()
 
     def factors(self, lengths) -> torch.Tensor:
         """g = m / |V| (out,), and 1 for the rows of parts without an adapter."""
@@ -81,8 +80,10 @@ class DoRALinear(lora.LoRALinear):
 
 def rows_of(base: nn.Module) -> torch.Tensor:
     """W (out, in) of any kind of layer."""
-    W = base.dequantize() if isinstance(base, FrozenLinear) else base.weight.detach()
-    return W.t() if getattr(base, "fan_in_fan_out", False) and not isinstance(base, FrozenLinear) else W
+    if isinstance(base, FrozenLinear):
+        return base.dequantize()
+    W = base.weight.detach()
+    return W.t() if getattr(base, "fan_in_fan_out", False) else W
 
 
 def product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -96,11 +97,4 @@ def product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets=None,
            rslora: bool = False) -> nn.Module:
     """lora.inject with magnitudes. Raises UserError as it does, and for the head: its product is part of the loss."""
-    refuse_head(model, lora.choose(model, {n: m for n, m in model.named_modules() if lora.is_linear(m)},
-                                   [targets] if isinstance(targets, str) else targets or model.default_targets))
     return lora.inject(model, r, alpha, dropout, targets, rslora, layer=DoRALinear)
-
-
-def refuse_head(model: nn.Module, names):
-    if model.head_name in names:
-        raise UserError(f"--method dora cannot adapt {model.head_name}: the loss multiplies by its weight (use lora)")

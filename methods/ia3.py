@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 import lora
-from errors import UserError
 
 
 class IA3Linear(nn.Module):
@@ -88,20 +87,4 @@ def put(model: nn.Module, modules: dict[str, IA3Linear]) -> nn.Module:
         lora.replace(model, name, m.requires_grad_(False))
         m.factor.requires_grad_(True)
     model.method = "ia3"
-    return model
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Multiply the factors into the weights and biases, and take them off. Raises UserError as lora.merge does."""
-    for name, m in layers(model).items():
-        if m.base_layer.weight.dtype != torch.float32:
-            raise UserError(f"{name} is not held in float32: merging into it would not be exact; load the model with "
-                            f"bits=32 and its adapter, then merge")
-    for name, m in layers(model).items():
-        base = m.base_layer
-        base.weight = nn.Parameter(m.merged(base.weight).detach(), requires_grad=False)
-        if base.bias is not None:
-            base.bias = nn.Parameter(m.merged_bias(base.bias).detach(), requires_grad=False)
-        lora.replace(model, name, base)
-    model.method = None
     return model
