@@ -39,6 +39,7 @@ from errors import UserError
 from files import method_files, peft_files, weights
 from ledger import allocator
 from ledger.hollow import Hollow, hollow, hollow_model
+from methods import dora
 from run import prepare
 from run.options import TrainConfig
 from techniques import half, optim, quant
@@ -150,6 +151,8 @@ def do_as_a_first_step(model, optimizer, dtype: torch.dtype):
             m.in_room(dtype)
             if isinstance(m, quant.NF4Linear) and not device.nf4_kernel:
                 quant.nf4_rooms(device, m.weight.device)
+        elif isinstance(m, dora.DoRALinear):
+            m.lengths()  # from float32 weights, which have a room of their own
 
 
 def main():

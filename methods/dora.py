@@ -10,13 +10,14 @@ own, and with the factor g = m / |V| the layer is
     y = W' x + b = h + (g - 1) (h - b)        h = W x + s B A x + b,  what LoRA computes
 
 Cost: 16 bytes a row for m, 4 for |W|^2, and backward keeps h - b for m's gradient, 2 bytes a row and token in 16 bit. GPT-2
-124M, q and v: 12 * 1536 * 20 = 0.37 MB, and 4 x 512 tokens 75 MB.
+124M, q and v, 2048 tokens: 12 * (1536 * 16 + 2304 * 4) = 0.41 MB and 12 * 2304 * 2 * 2048 = 113 MB (k's rows are kept too).
 
 V is never made. The squares of its rows' lengths follow from products with the r rows of A:
 
     |V|^2 = |W|^2 + 2 s rows(W A^T * B) + s^2 rows(B (A A^T) * B)         rows: the sum of each row
 
-W A^T costs what r more tokens would. Over 4-bit weights the layer is dequantised twice in a forward.
+W A^T costs what r more tokens would. It is computed in float32: over 8- and 4-bit weights the layer is dequantised a second
+time in each forward, into a room of 4 bytes a weight (LLaMA-7B's q: 67 MB). Over 16 bit the room is 4.2 MB (half.py).
 """
 import torch
 from torch import nn

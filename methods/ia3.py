@@ -9,7 +9,7 @@ where `inside` is what the MLP's last matrix reads: gelu(W x), or silu(gate) * u
 matrix, and the MLP before its last one.
 
 Cost: 16 (2 K D + F) bytes a layer, GPT-2 124M 12 * 16 * (2 * 768 + 3072) = 0.88 MB. For the gradient of l backward keeps
-k, v and the MLP's inside: 2 (2 K D + F) bytes a token and layer in 16 bit.
+k, v and the MLP's inside: 2 (2 K D + F) bytes a token and layer in 16 bit; of GPT-2's fused matrix q too, 2 (3 C + F).
 
 It merges: l goes into the rows of W_k and W_v and into their biases, or into the columns of W_down, whose bias stays.
 """
