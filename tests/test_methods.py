@@ -125,6 +125,32 @@ def test_doras_gradients_are_pefts(folders, tmp_path, family, targets):
             assert b.any() and (a - b).norm() < 2e-4 * b.norm(), name
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
+def test_ia3s_gradients_are_pefts(folders, tmp_path, family):
+    peft, ours = pytest.importorskip("peft"), changed(folders[family], "ia3")
+    peft_files.save(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(hf_model(folders[family]), tmp_path, is_trainable=True).double()
+    (ours.double()(IDS).logsumexp(-1).sum() + theirs(IDS).logits.logsumexp(-1).sum()).backward()
+    for name, m in lora.layers(ours).items():
+        its = theirs.get_submodule(f"base_model.model.{weights.checkpoint_name(ours, name)}").ia3_l["default"].grad.flatten()
+        own = its[32:] if m.parts else its  # k and v, of GPT-2's q, k and v
+        assert own.any() and (m.factor.grad - own).norm() < 1e-5 * own.norm(), name
+
+
+def test_bottleneck_is_its_equation(folders):
+    """Output and gradients, that of the input too, against the docstring's line with nothing of bottleneck.py in it."""
+    model = changed(folders["phi"], "bottleneck").double()
+    for m in lora.layers(model).values():
+        x, W, b = torch.randn(5, m.base_layer.in_features).double().requires_grad_(), m.weight, m.bias
+        own = [m.down, m.down_bias, m.up, m.up_bias]
+        y = x @ W.t() + b
+        z = y @ m.down.t() + m.down_bias
+        wanted = y + z * 0.5 * (1 + torch.erf(z / 2**0.5)) @ m.up.t() + m.up_bias
+        torch.testing.assert_close(m(x), wanted)
+        for a, b in zip(*(torch.autograd.grad(out.square().sum(), [x, *own]) for out in (m(x), wanted)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 # ---------------------------------------------------------------------------------------------- bits and the start
 
 @EACH
