@@ -43,7 +43,7 @@ class DoRALinear(lora.LoRALinear):
     def adapt(self, h, x):
         h = super().adapt(h, x)
         g = self.factors(self.lengths())
-        v = h if self.bias is None else h - self.bias
+        v = h if self.bias is None else h - self.bias.to(h.dtype)  # (--amp over 32 bits: h has 16)
         return torch.addcmul(h, v, (g - 1).to(h.dtype))
 
     @torch.no_grad()

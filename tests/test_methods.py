@@ -157,12 +157,17 @@ def test_bottleneck_is_its_equation(folders):
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_training_starts_at_the_model_itself(folders, family, bits, method):
-    model = weights.load(folders[family], bits=bits)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bits < 32):
-        base = logits(model)
-        METHODS[method](model, **SMALL[method])
-        assert torch.equal(logits(model), base)
-        assert not torch.equal(logits(randomise(model)), base)
+    for amp in (False, True) if bits != 16 else (True,):
+        model = weights.load(folders[family], bits=bits)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            base = logits(model)
+            METHODS[method](model, **SMALL[method])
+            assert torch.equal(logits(model), base)
+            changed_to = logits(randomise(model))
+            assert not torch.equal(changed_to, base) and changed_to.dtype == base.dtype
+            for m in lora.layers(model).values():  # a float32 parameter must not make a 16-bit layer's output float32
+                x = torch.randn(2, m.base_layer.in_features, dtype=torch.bfloat16 if amp else torch.float32)
+                assert m(x).dtype == m.base_layer(x).dtype
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
