@@ -32,7 +32,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from errors import UserError
-from methods import WHY_NOT_MERGED
 from techniques import lora_init, quant
 from techniques.device import type_name
 
@@ -241,6 +240,12 @@ def disabled(model: nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- merging
+
+WHY_NOT_MERGED = {
+    "bottleneck": "a nonlinear function, gelu, lies between its two matrices, and no weight computes it",
+    "prompt": "its word vectors are input that stands before the text, and no part of a weight",
+    "prefix": "its keys and values are input that stands before the text, and no part of a weight"}
+
 
 def refuse_merge(method: str | None):
     if method in WHY_NOT_MERGED:

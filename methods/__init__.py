@@ -17,7 +17,3 @@ lora.py: finding layers by name (choose, matches), putting a module in a layer's
 files/method_files.py read and write PEFT's files.
 """
 METHODS = ("lora", "dora", "ia3", "bottleneck", "prompt", "prefix")
-WHY_NOT_MERGED = {
-    "bottleneck": "a nonlinear function, gelu, lies between its two matrices, and no weight computes it",
-    "prompt": "its word vectors are input that stands before the text, and no part of a weight",
-    "prefix": "its keys and values are input that stands before the text, and no part of a weight"}
