@@ -43,6 +43,7 @@ class LoRALinear(nn.Module):
     """
 
     method = "lora"  # --method; model.method names the one that a model has
+    fits_head = True  # methods/dora.py does not
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
                  parts: tuple[str, ...] | None = None, device=None):
@@ -105,6 +106,9 @@ class LoRALinear(nn.Module):
         """The weight W of the base layer, float32, with this adapter in it."""
         return W + self.delta()
 
+    def merged_bias(self, b: torch.Tensor) -> torch.Tensor:
+        return b
+
     @property
     def weight(self):
         return self.base_layer.weight
@@ -153,6 +157,7 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
             raise ValueError(f"init={init!r} needs the weights as stored, such as StoredWeights(model.source).read")
     linears = {n: m for n, m in model.named_modules() if is_linear(m)}
     chosen = choose(model, linears, [targets] if isinstance(targets, str) else targets or model.default_targets)
+    refuse_head(model, chosen, layer)
     model.requires_grad_(False)
     for name, parts in chosen.items():
         replace(model, name, layer(linears[name], r, alpha, dropout, rslora, parts))
@@ -182,6 +187,12 @@ def refuse_adapters(model: nn.Module):
         raise UserError("this model already has adapters; merge them first")
 
 
+def refuse_head(model: nn.Module, names, layer: type[LoRALinear]):
+    if model.head_name in names and not layer.fits_head:
+        raise UserError(f"--method {layer.method} cannot adapt {model.head_name}, by whose weight the loss multiplies; "
+                        f"--method lora can")
+
+
 def matches(model: nn.Module, linears: dict, target: str) -> list[tuple[str, str | None]]:
     """The (layer, part) pairs that a target names. The part None is the whole layer."""
     if target == "all":
@@ -201,43 +212,68 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """What a method has put in a linear layer's place. The layer itself is its `base_layer`."""
+    return {n: m for n, m in model.named_modules() if is_linear(getattr(m, "base_layer", None))}
+
+
 @contextlib.contextmanager
 def disabled(model: nn.Module):
-    """`with disabled(model):` the adapters add 0, so the model answers as before training: DPO's reference (docs/dpo.py).
+    """`with disabled(model):` without adapters, so the model answers as before training: DPO's reference (docs/dpo.py).
 
-    Raises UserError for an adapter that did not start at B = 0: its base layer alone was never the model.
+    Raises UserError for virtual tokens, which are no layer's, and for an adapter that did not start at B = 0: its base
+    layer alone was never the model.
     """
-    scales = {m: m.scale for m in adapters(model).values()}
-    if any(m.start_A is not None for m in scales):
+    changed = layers(model)
+    if getattr(model, "method", None) and not changed:
+        raise UserError(f"--method {model.method}: its virtual tokens cannot be switched off, and the model without them is "
+                        f"needed; use another method")
+    if any(m.start_A is not None for m in adapters(model).values()):
         raise UserError("--lora-init loftq and pissa change the frozen weights; the model without adapters is another model")
     try:
-        for m in scales:
-            m.scale = 0.0
+        for name, m in changed.items():
+            replace(model, name, m.base_layer)
         yield
     finally:
-        for m, scale in scales.items():
-            m.scale = scale
+        for name, m in changed.items():
+            replace(model, name, m)
 
 
 # ---------------------------------------------------------------------------------------------- merging
 
-def merge(model: nn.Module) -> nn.Module:
-    """W <- W + (alpha / r) B A. Then the model has no adapters and is as fast as before. Returns the model.
+WHY_NOT_MERGED = {
+    "bottleneck": "a nonlinear function, gelu, lies between its two matrices, and no weight computes it",
+    "prompt": "its word vectors are input that stands before the text, and no part of a weight",
+    "prefix": "its keys and values are input that stands before the text, and no part of a weight"}
 
+
+def refuse_merge(method: str | None):
+    if method in WHY_NOT_MERGED:
+        raise UserError(f"--method {method} cannot be merged: {WHY_NOT_MERGED[method]}; use it beside its model (--adapter)")
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """W <- W + (alpha / r) B A, or what another method makes of W and of its bias.
+
+    Then the model has no adapters and is as fast as before. Returns the model.
     Only this call merges (train() and eval() do not), and a second call changes nothing. W must be float32: a 16-bit W
     would round the small B A to nothing, and the result would not be the model that was trained.
-    Raises UserError, before anything is changed, if W is held in fewer bits.
+    Raises UserError, before anything is changed, if W is held in fewer bits, or for a method that cannot be merged.
     """
-    for name, m in adapters(model).items():
+    refuse_merge(getattr(model, "method", None))
+    changed = layers(model)
+    for name, m in changed.items():
         if isinstance(m.base_layer, quant.LowBitLinear):
             raise UserError(f"{name} is held in {model.bits} bit, which would round the adapter away; "
                             f"`python export.py merge` uses the weights as the checkpoint stores them")
         if m.base_layer.weight.dtype != torch.float32:
             raise UserError(f"{name} is held in {type_name(m.base_layer.weight.dtype)}: merging into it "
                             f"would not be exact; load the model with bits=32 and its adapter, then merge")
-    for name, m in adapters(model).items():
+    for name, m in changed.items():
         # A new tensor, not +=: a tied head shares its weight with the embedding, and the embedding must not change.
         m.base_layer.weight = nn.Parameter(m.merged(m.base_layer.weight).detach(), requires_grad=False)
+        if m.bias is not None:
+            m.base_layer.bias = nn.Parameter(m.merged_bias(m.base_layer.bias).detach(), requires_grad=False)
         replace(model, name, m.base_layer)
         if name == model.head_name:
             model.config.tied_head = False

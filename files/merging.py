@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from files import peft_files, weights, writing
+import lora
+from files import method_files, peft_files, weights, writing
 from techniques import quant
 from techniques.device import device_of
 
@@ -34,9 +35,11 @@ class Merge:
     """An adapter and the checkpoint it was trained on: every weight of the merged model and of the one that was trained."""
 
     def __init__(self, model: str, adapter: str):
+        lora.refuse_merge(method := method_files.method_of(adapter))
         self.stored = weights.StoredWeights(model)
         self.model = self.stored.model  # shapes only
-        self.adapters = peft_files.read(self.model, adapter, device="cpu")
+        read = method_files.read_ia3 if method == "ia3" else peft_files.read
+        self.adapters = read(self.model, adapter, device="cpu")
         self.init, self.bits = peft_files.trained_with(adapter)
         self.low_bit = weights.low_bit_weights(self.model) if self.bits in (8, 4) else ()
         # An adapter on the head does not change the embedding. So after merging the two are different matrices.
@@ -47,23 +50,27 @@ class Merge:
 
     @torch.no_grad()
     def merged(self, name: str) -> torch.Tensor:
-        """A weight of the merged model, float32."""
-        W, m = self.stored.read(name), self.adapters.get(name.removesuffix(".weight"))
+        """A weight or a bias of the merged model, float32."""
+        W, (layer, _, kind) = self.stored.read(name), name.rpartition(".")
+        m = self.adapters.get(layer)
+        if kind == "bias":
+            return m.merged_bias(W) if m else W
         return m.merged(W) - m.start_delta() if m else W
 
     @torch.no_grad()
     def trained(self, name: str) -> torch.Tensor:
         """The same weight as it was in training (its base rounded to --bits), with its adapter added, float32."""
-        W, m = self.stored.read(name), self.adapters.get(name.removesuffix(".weight"))
-        if m and peft_files.STARTS[self.init].joined:
+        W, (layer, _, kind) = self.stored.read(name), name.rpartition(".")
+        m = self.adapters.get(layer)
+        if m and kind == "weight" and peft_files.STARTS[self.init].joined:
             W = W - m.start_delta()
         if name in self.low_bit:
-            linear = self.model.get_submodule(name.removesuffix(".weight"))
+            linear = self.model.get_submodule(layer)
             W = quant.quantize(linear, W, self.bits).dequantize()
             W = W.t() if getattr(linear, "fan_in_fan_out", False) else W
         elif self.bits in (16, 8, 4):
             W = W.to(device_of("cpu").half).float()
-        return m.merged(W) if m else W
+        return (m.merged_bias(W) if kind == "bias" else m.merged(W)) if m else W
 
 
 def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -178,7 +178,10 @@ def only(config: MethodConfig, tensors: dict, path: Path) -> torch.Tensor:
 
 
 def load_bottleneck(model: nn.Module, config: MethodConfig, tensors: dict, path: Path):
-    check(path.with_name("adapter_config.json"), "bottleneck", config.bottleneck, int)
+    sizes = {t.numel() for name, t in tensors.items() if name.endswith(".down_bias")}
+    if sizes != {config.bottleneck}:  # before anything of this size is made
+        raise UserError(f"{path}: its adapters have inner widths {sorted(sizes)}, adapter_config.json says "
+                        f"{config.bottleneck}")
     bottleneck.inject(model, config.bottleneck)
     places = {f"{key(model, n)}.{f}": getattr(m, f) for n, m in bottleneck.layers(model).items() for f in FACTORS}
     check_names(tensors, places, path)

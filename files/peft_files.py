@@ -262,8 +262,8 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
     linears = several.linears(model)
     kinds = (*KINDS, "lora_magnitude_vector") if config.use_dora else KINDS
     factors, (all_parts, init, _) = read_factors(model, path, linears, kinds)
-    if config.use_dora:
-        dora.refuse_head(model, factors)
+    layer = dora.DoRALinear if config.use_dora else lora.LoRALinear
+    lora.refuse_head(model, factors, layer)
     rule = STARTS[init]
     start_path = folder / "start.safetensors"
     starts = read_factors(model, start_path, linears)[0] if rule.start_file else {}
@@ -288,7 +288,6 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
             raise UserError(f"{path}: layer {name} has rank {len(a)}, adapter_config.json says {rank}"
                             + (f"; it must be a multiple of {n}" if n > 1 else ""))
         alpha /= math.sqrt(n) if config.use_rslora else n  # the saved alpha is for the whole rank
-        layer = dora.DoRALinear if config.use_dora else lora.LoRALinear
         m = layer(base, rank // n, alpha, config.lora_dropout, config.use_rslora, parts, device)
         if rule.joined:
             (a, a0), (b, b0) = a.chunk(2), b.chunk(2, 1)

@@ -36,9 +36,10 @@ import lora
 import memory
 import train
 from errors import UserError
-from files import peft_files, weights
+from files import method_files, peft_files, weights
 from ledger import allocator
 from ledger.hollow import Hollow, hollow, hollow_model
+from methods import dora
 from run import prepare
 from run.options import TrainConfig
 from techniques import half, optim, quant
@@ -54,9 +55,10 @@ def predict(cfg: TrainConfig, raw_config: dict, steps: list, machine: dict, task
     steps = [[[data.Example([0] * n, [0] * k + [data.IGNORE] * (n - k), *task) for n, k, *task in m] for m in step]
              for step in steps]
     like = None
-    if cfg.adapter and cfg.method in ("lora", "dora"):
+    if cfg.adapter and cfg.method in ("lora", "dora", "ia3"):
         model = weights.without_storage(*reversed(weights.config_from(raw_config)))
-        like = peft_files.read(model, cfg.adapter, device="cpu")
+        read = method_files.read_ia3 if cfg.method == "ia3" else peft_files.read
+        like = read(model, cfg.adapter, device="cpu")
     elif not cfg.full:  # the shapes follow from the options
         cfg = dataclasses.replace(cfg, adapter=None, virtual_init=cfg.virtual_init and "random")
     cfg.tasks = tuple(tasks)
@@ -151,6 +153,8 @@ def do_as_a_first_step(model, optimizer, dtype: torch.dtype):
             m.in_room(dtype)
             if isinstance(m, quant.NF4Linear) and not device.nf4_kernel:
                 quant.nf4_rooms(device, m.weight.device)
+        elif isinstance(m, dora.DoRALinear):
+            m.lengths()  # from float32 weights, which have a room of their own
 
 
 def main():

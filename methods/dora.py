@@ -10,20 +10,20 @@ own, and with the factor g = m / |V| the layer is
     y = W' x + b = h + (g - 1) (h - b)        h = W x + s B A x + b,  what LoRA computes
 
 Cost: 16 bytes a row for m, 4 for |W|^2, and backward keeps h - b for m's gradient, 2 bytes a row and token in 16 bit. GPT-2
-124M, q and v: 12 * 1536 * 20 = 0.37 MB, and 4 x 512 tokens 75 MB.
+124M, q and v, 2048 tokens: 12 * (1536 * 16 + 2304 * 4) = 0.41 MB and 12 * 2304 * 2 * 2048 = 113 MB (k's rows are kept too).
 
 V is never made. The squares of its rows' lengths follow from products with the r rows of A:
 
     |V|^2 = |W|^2 + 2 s rows(W A^T * B) + s^2 rows(B (A A^T) * B)         rows: the sum of each row
 
-W A^T costs what r more tokens would. Over 4-bit weights the layer is dequantised twice in a forward.
+W A^T costs what r more tokens would. It is computed in float32: over 8- and 4-bit weights the layer is dequantised a second
+time in each forward, into a room of 4 bytes a weight (LLaMA-7B's q: 67 MB). Over 16 bit the room is 4.2 MB (half.py).
 """
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import lora
-from errors import UserError
 from techniques import half
 from techniques.quant import FrozenLinear
 
@@ -31,7 +31,7 @@ from techniques.quant import FrozenLinear
 class DoRALinear(lora.LoRALinear):
     """A LoRALinear with a magnitude for each row. magnitude: one vector for each part, as lora_B has one matrix."""
 
-    method = "dora"
+    method, fits_head = "dora", False
 
     def __init__(self, base: nn.Module, *args, **kwargs):
         super().__init__(base, *args, **kwargs)
@@ -43,16 +43,16 @@ class DoRALinear(lora.LoRALinear):
     def adapt(self, h, x):
         h = super().adapt(h, x)
         g = self.factors(self.lengths())
-        v = h if self.bias is None else h - self.bias
+        v = h if self.bias is None else h - self.bias.to(h.dtype)  # (--amp over 32 bits: h has 16)
         return torch.addcmul(h, v, (g - 1).to(h.dtype))
 
     @torch.no_grad()
     def lengths(self) -> torch.Tensor:
-        """|V| (out,), in float32."""
+        """|V| (out,), in float32. A row of zeros is given a length, since one divides by it."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
             A, B, s = self.lora_A, self.B(), self.scale
             cross = (product(self.base_layer, A).t() * B).sum(1)
-            return (self.squares + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).clamp(min=0).sqrt()
+            return (self.squares + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).clamp(min=1e-30).sqrt()
 
     def factors(self, lengths) -> torch.Tensor:
         """g = m / |V| (out,), and 1 for the rows of parts without an adapter."""
@@ -81,8 +81,10 @@ class DoRALinear(lora.LoRALinear):
 
 def rows_of(base: nn.Module) -> torch.Tensor:
     """W (out, in) of any kind of layer."""
-    W = base.dequantize() if isinstance(base, FrozenLinear) else base.weight.detach()
-    return W.t() if getattr(base, "fan_in_fan_out", False) and not isinstance(base, FrozenLinear) else W
+    if isinstance(base, FrozenLinear):
+        return base.dequantize()
+    W = base.weight.detach()
+    return W.t() if getattr(base, "fan_in_fan_out", False) else W
 
 
 def product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -96,11 +98,4 @@ def product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, targets=None,
            rslora: bool = False) -> nn.Module:
     """lora.inject with magnitudes. Raises UserError as it does, and for the head: its product is part of the loss."""
-    refuse_head(model, lora.choose(model, {n: m for n, m in model.named_modules() if lora.is_linear(m)},
-                                   [targets] if isinstance(targets, str) else targets or model.default_targets))
     return lora.inject(model, r, alpha, dropout, targets, rslora, layer=DoRALinear)
-
-
-def refuse_head(model: nn.Module, names):
-    if model.head_name in names:
-        raise UserError(f"--method dora cannot adapt {model.head_name}: the loss multiplies by its weight (use lora)")

@@ -9,7 +9,7 @@ where `inside` is what the MLP's last matrix reads: gelu(W x), or silu(gate) * u
 matrix, and the MLP before its last one.
 
 Cost: 16 (2 K D + F) bytes a layer, GPT-2 124M 12 * 16 * (2 * 768 + 3072) = 0.88 MB. For the gradient of l backward keeps
-k, v and the MLP's inside: 2 (2 K D + F) bytes a token and layer in 16 bit.
+k, v and the MLP's inside: 2 (2 K D + F) bytes a token and layer in 16 bit; of GPT-2's fused matrix q too, 2 (3 C + F).
 
 It merges: l goes into the rows of W_k and W_v and into their biases, or into the columns of W_down, whose bias stays.
 """
@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 import lora
-from errors import UserError
 
 
 class IA3Linear(nn.Module):
@@ -88,20 +87,4 @@ def put(model: nn.Module, modules: dict[str, IA3Linear]) -> nn.Module:
         lora.replace(model, name, m.requires_grad_(False))
         m.factor.requires_grad_(True)
     model.method = "ia3"
-    return model
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Multiply the factors into the weights and biases, and take them off. Raises UserError as lora.merge does."""
-    for name, m in layers(model).items():
-        if m.base_layer.weight.dtype != torch.float32:
-            raise UserError(f"{name} is not held in float32: merging into it would not be exact; load the model with "
-                            f"bits=32 and its adapter, then merge")
-    for name, m in layers(model).items():
-        base = m.base_layer
-        base.weight = nn.Parameter(m.merged(base.weight).detach(), requires_grad=False)
-        if base.bias is not None:
-            base.bias = nn.Parameter(m.merged_bias(base.bias).detach(), requires_grad=False)
-        lora.replace(model, name, base)
-    model.method = None
     return model

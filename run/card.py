@@ -37,7 +37,7 @@ def write(folder: Path, run, val_loss: float | None, task: str = ""):
 def write_merged(folder: Path, model: str, dtype: str):
     """The card of a model into which an adapter was merged (export.py)."""
     base = base_name(model)
-    writing.write_text(folder / "README.md", front_matter(base, "transformers") + f"\n# {base} with a LoRA adapter\n\n"
+    writing.write_text(folder / "README.md", front_matter(base, "transformers") + f"\n# {base} with an adapter\n\n"
                        f"The adapter is merged into the weights, which are in {dtype}. Merged with Bytewise.\n")
 
 

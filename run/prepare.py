@@ -138,10 +138,12 @@ def load_model(cfg: TrainConfig) -> nn.Module:
 def set_trainable(model: nn.Module, cfg: TrainConfig, init: str = "default", like: dict | None = None):
     """Set what is trained (adapters, or every weight) and which layers are recomputed.
 
-    like: for a prediction of --adapter, its LoRALinears by layer: new ones of the same shape are trained.
+    like: for a prediction of --adapter, its modules by layer: new ones of the same shape are trained.
     """
     if cfg.full:
         model.requires_grad_(True)
+    elif like and cfg.method == "ia3":
+        ia3.put(model, {n: ia3.IA3Linear(model.get_submodule(n), m.on_input, m.parts) for n, m in like.items()})
     elif like:
         model.requires_grad_(False)
         for name, m in like.items():

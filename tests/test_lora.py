@@ -275,7 +275,8 @@ def edit_config(folder, **changes):
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias"),
+    ({"use_dora": True}, "has lora_A and lora_B only"), ({"peft_type": "IA3"}, "lora_A.weight has no place"),
+    ({"peft_type": "LOHA"}, "'LOHA' is not implemented"), ({"bias": "all"}, "bias"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 5}, "rank"), ({"peft_type": ["LORA"]}, "peft_type"),
     *(({key: value}, f"adapter_config.json: {key} must be an? ") for key, values in {
         "r": [0, -1, 3.0, "3", True, [3], 10**400, float("nan")],
