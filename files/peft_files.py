@@ -49,9 +49,13 @@ def save(model: nn.Module, folder, name: str | None = None):
 
     name: which one, of a model with several adapters (methods/several.py).
     """
+    if name is None and several.names(model):
+        raise UserError(f"{folder}: the model has several adapters ({', '.join(several.names(model))}); say which one "
+                        f"is saved")
     if getattr(model, "method", None) in method_files.TYPES:
         return method_files.save(model, folder)
-    adapters, rule = several.of(model, name) if name else lora.adapters(model), STARTS[getattr(model, "lora_init", "default")]
+    adapters = lora.adapters(model) if name is None else several.of(model, name)
+    rule = STARTS[getattr(model, "lora_init", "default")]
     if not adapters:
         raise UserError(f"{folder}: nothing to save, the model has no adapters")
     tensors, starts, ranks, alphas = {}, {}, {}, {}
