@@ -129,6 +129,7 @@ def add(model: nn.Module, name: str, adapters: dict[str, lora.LoRALinear]) -> nn
             there[n] = SeveralLinear(m.base_layer, model.routing)
             lora.replace(model, n, there[n])
         there[n].adapters[key(name)] = m
+        there[n].train(model.training)  # a new module is in training: it would drop out
     model.adapter_names.append(name)
     return model
 
@@ -144,12 +145,12 @@ def remove(model: nn.Module, name: str):
 
 
 def inject(model: nn.Module, adapter_names: list[str], r: int = 8, alpha: float = 16, dropout: float = 0.0,
-           targets: list[str] | None = None, rslora: bool = False) -> nn.Module:
+           targets: str | list[str] | None = None, rslora: bool = False) -> nn.Module:
     """A new adapter for each name, all of the same shape, and freeze every weight. Arguments as lora.inject's."""
     lora.check(r, alpha, dropout)
     lora.refuse_adapters(model)
     there = linears(model)
-    chosen = lora.choose(model, there, targets or model.default_targets)
+    chosen = lora.choose(model, there, [targets] if isinstance(targets, str) else targets or model.default_targets)
     if model.head_name in chosen:
         raise UserError(f"--lora-targets: {model.head_name} cannot have several adapters, its product is part of the loss")
     for name in adapter_names:
