@@ -4,6 +4,8 @@
 
 The product with W is done once for the whole batch. It is almost all of the work: an adapter of rank 8 beside a matrix of
 4096 x 4096 has 0.4 % of its products. (Chen et al., "Punica", arXiv:2310.18547, give a GPU a kernel for the small ones.)
+In a small model the number of calls counts too: SmolLM2-135M, 8 rows on a CPU core, r = 8, makes 0.82 of the base's tokens
+a second with four adapters on q and v (0.92 with one), and 0.73 with four on every layer (0.89).
 
     with several.adapter(model, "a"): ...             every row goes through "a"; with None, all through the base alone
     several.route(model, ["a", None, ("b", "shared")])    row by row, until the next call; a row may have several
