@@ -4,6 +4,10 @@
     python generate.py --model M                                        a chat: each line of input is a turn, /new forgets
     python generate.py --model M --prompts in.jsonl --out out.jsonl     a reply to each row of a file
 
+Several LoRA adapters share one model with --adapter a=DIR --adapter b=DIR. Then each of them answers --prompt. A row of
+--prompts names its own ("adapter": "a"; without it, the base model answers). In a chat, /adapter b changes it. Rows with
+different adapters share their forwards too (methods/several.py).
+
 `run` is the loop behind all three: a forward for each token, with a KV cache (techniques/kv_cache.py) and a choice of the
 next token (techniques/sampling.py). A forward reads every weight once, for one reply or for eight, so eight replies that
 share their forwards cost little more than one. When a reply ends, the next one takes its place.
@@ -34,8 +38,9 @@ import data
 from errors import UserError
 from files import peft_files, weights, writing
 from files.conversations import Reader
-from files.json_files import is_there
+from files.json_files import is_there, show
 from files.rows import read_rows
+from methods import several
 from techniques.device import usable_device
 from techniques.kv_cache import KVCache
 from techniques.sampling import check, choose
@@ -53,12 +58,13 @@ class Reply:
     ready: the part of `text` that no later token changes. finish_reason: None while it is made; "stop" after a stop id or a
     stop string; "length" after max_new_tokens, or when all of the model's positions are used.
 
+    adapter: which one makes it, of a model with several (methods/several.py); None: the base model.
     Without a tokenizer there is no text. `more` are options of `choose`. Raises UserError for options out of range, and
     for a prompt that is empty or too long.
     """
 
     def __init__(self, config, ids: list[int], tokenizer=None, stop=(), stop_ids=(), max_new_tokens: int = 64,
-                 temperature: float = 0.7, top_p: float = 0.9, seed: int = 0, **more):
+                 temperature: float = 0.7, top_p: float = 0.9, seed: int = 0, adapter: str | None = None, **more):
         check(max_new_tokens, temperature, top_p, seed, **more)
         if not ids:
             raise UserError("the prompt is empty: there is nothing to continue")
@@ -66,7 +72,7 @@ class Reply:
             n, virtual = config.n_positions, getattr(config, "n_virtual", 0)  # (methods/prompt.py)
             raise UserError(f"the prompt has {len(ids)} tokens, the model {n} positions" +
                             f" after {virtual} virtual tokens" * (virtual > 0) + ": nothing can follow")
-        self.ids, self.tokenizer, self.stop = ids, tokenizer, stop
+        self.ids, self.tokenizer, self.stop, self.adapter = ids, tokenizer, stop, adapter
         self.stop_ids = tokenizer.stop_ids if tokenizer else stop_ids
         self.limit = min(max_new_tokens, config.n_positions - len(ids))
         self.seed, self.rng, self.options = seed, None, {"temperature": temperature, "top_p": top_p, **more}
@@ -115,22 +121,24 @@ def run(model, replies: list[Reply], batch_size: int = 1) -> Iterator[Reply]:
     was_training = model.training
     model.eval()
     try:
-        while waiting or running:
-            if waiting and len(running) < batch_size:
-                running.append(waiting.popleft())
-                slots, ids = [len(running) - 1], [running[-1].ids]
-            else:
-                slots, ids = list(range(len(running))), [r.new[-1:] for r in running]
-            for slot, logits in zip(slots, step(model, cache, slots, ids)):
-                running[slot].add(logits)
-                yield running[slot]
-            for slot in reversed(slots):
-                if running[slot].finish_reason:
-                    cache.release(slot)
-                    last = running.pop()
-                    if slot < len(running):  # the last reply moves here: slots that are neighbours need no copies
-                        running[slot] = last
-                        cache.move(len(running), slot)
+        with several.adapter(model, None):  # afterwards, rows go the way that they went before
+            while waiting or running:
+                if waiting and len(running) < batch_size:
+                    running.append(waiting.popleft())
+                    slots, ids = [len(running) - 1], [running[-1].ids]
+                else:
+                    slots, ids = list(range(len(running))), [r.new[-1:] for r in running]
+                several.route(model, [running[slot].adapter for slot in slots])
+                for slot, logits in zip(slots, step(model, cache, slots, ids)):
+                    running[slot].add(logits)
+                    yield running[slot]
+                for slot in reversed(slots):
+                    if running[slot].finish_reason:
+                        cache.release(slot)
+                        last = running.pop()
+                        if slot < len(running):  # the last reply moves here: slots that are neighbours need no copies
+                            running[slot] = last
+                            cache.move(len(running), slot)
     finally:
         model.train(was_training)
 
@@ -169,24 +177,28 @@ def whole(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that the locale could not read
 
 
-def lines() -> Iterator[str]:
-    """The lines of standard input that are not blank."""
+def lines(switch: Callable[[str], None] | None = None) -> Iterator[str]:
+    """The lines of standard input that are not blank. "/adapter NAME" is no line, but a call of `switch`."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        if line.strip():
+        command, _, name = line.strip().partition(" ")
+        if switch and command == "/adapter":
+            switch(whole(name.strip()))
+        elif command:
             yield whole(line)
 
 
-def chat(encode: Callable[[list], list[int]], say: Callable[[list[int]], str], system: list[dict], room: int):
+def chat(encode: Callable[[list], list[int]], say: Callable[[list[int]], str], system: list[dict], room: int, switch=None):
     """Each line of standard input is a turn, and the model sees all turns before it. "/new" forgets them.
 
-    If the conversation has more than `room` tokens, its oldest turns are forgotten, and a line says so.
+    If the conversation has more than `room` tokens, its oldest turns are forgotten, and a line says so. switch: as for
+    `lines`.
     """
     messages = [*system]
-    for line in lines():
+    for line in lines(switch):
         if line.strip() == "/new":
             messages = [*system]
             continue
@@ -235,9 +247,9 @@ def answer_file(model, tokenizer, encode: Callable[..., list[int]], rows: list[t
                 out: Path, batch_size: int, options: dict):
     """Write each row with its reply and finish_reason, in the same order, when all of them are known. Raises UserError."""
     replies = []
-    for (where, _), prompt in zip(rows, prompts):
+    for (where, row), prompt in zip(rows, prompts):
         try:
-            replies.append(Reply(model.config, encode(*prompt), tokenizer, **options))
+            replies.append(Reply(model.config, encode(*prompt), tokenizer, adapter=row.get("adapter"), **options))
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
     n_tokens = 0
@@ -253,11 +265,51 @@ def answer_file(model, tokenizer, encode: Callable[..., list[int]], rows: list[t
     print(f"{len(rows)} replies of {n_tokens:,} tokens are in {out}")
 
 
+def named(values: list[str]) -> dict[str | None, str]:
+    """The values of --adapter -> {name: folder}. A single one may have no name: {None: folder}. Raises UserError."""
+    found = {}
+    for value in values:
+        name, has_name, folder = value.partition("=")
+        if not has_name or Path(value).is_dir():
+            if len(values) > 1:
+                raise UserError(f"--adapter {value}: each of several adapters needs a name: --adapter NAME={value}")
+            return {None: value}
+        several.check_name(name)
+        if name in found:
+            raise UserError(f"--adapter {value}: two adapters are named {name}; give another name")
+        found[name] = folder
+    return found
+
+
+def recorded_bits(adapters: dict[str | None, str]) -> int | None:
+    """8 or 4 if the adapters were trained on such weights, else None. Raises UserError if they do not agree."""
+    bits = {folder: trained if trained in (8, 4) else 32 for folder in adapters.values()
+            if (trained := peft_files.trained_with(folder)[1])}
+    if len(set(bits.values())) > 1:
+        raise UserError("the adapters were trained on different weights (" + ", ".join(
+            f"{folder}: {n if n < 32 else '32 or 16'} bits" for folder, n in bits.items()) + "); choose with --bits")
+    return next((n for n in bits.values() if n < 32), None)
+
+
+def saved_template(adapters: dict[str | None, str]) -> str | None:
+    """The chat template with which the adapters were trained, if a folder has one. Raises UserError if they do not agree."""
+    found = {}  # template -> its file
+    for folder in adapters.values():
+        if is_there(path := Path(folder) / "chat_template.jinja"):
+            found.setdefault(data.read_text(path), path)
+    if len(found) > 1:
+        one, other, *_ = found.values()
+        raise UserError(f"{one} and {other} are different chat templates; use the adapters one by one, or --raw")
+    return next(iter(found), None)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(prog="generate.py", description="Let a model reply.")
     p.add_argument("--model", default="gpt2-nano", help="short name, hub repository or folder (default: %(default)s)")
-    p.add_argument("--adapter", help="folder of a LoRA adapter, such as runs/gpt2-nano-1/adapter")
-    p.add_argument("--prompt", help="what to reply to; without it, standard input is a chat (/new starts anew)")
+    p.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="folder of an adapter, such as "
+                   "runs/gpt2-nano-1/adapter; with NAME=, several LoRA adapters on one model")
+    p.add_argument("--prompt", help="what to reply to; without it, standard input is a chat (/new starts anew; /adapter "
+                   "NAME changes the adapter)")
     p.add_argument("--prompts", help="a file with a row for each prompt: prompt, messages, or instruction (and input)")
     p.add_argument("--out", help="the new .jsonl file: the rows of --prompts with reply and finish_reason (stop or length)")
     p.add_argument("--batch-size", type=int, help="replies that are made at the same time for --prompts (default: 8)")
@@ -291,6 +343,8 @@ def main(argv=None):
         raise UserError("--system needs a chat template, and --raw uses none; write it into the prompt")
     if a.prompts is None and (a.out is not None or a.batch_size is not None):
         raise UserError(f"{'--out' if a.out is not None else '--batch-size'} needs --prompts, a file of prompts")
+    adapters = named(a.adapter)
+    names = [name for name in adapters if name is not None]
     system = [] if a.system is None else [{"role": "system", "content": whole(a.system)}]
     if a.prompts is not None:
         if a.prompt is not None or a.out is None:
@@ -301,17 +355,17 @@ def main(argv=None):
             raise UserError(f"--out {a.out} exists; choose another name, or remove it")
         rows = read_rows(a.prompts)
         prompts = [conversation(where, row, a.raw, system) for where, row in rows]
+        for where, row in rows:
+            if row.get("adapter") not in (None, *names):
+                raise UserError(f"{where}: adapter {show(row['adapter'])} is not one of those that --adapter NAME=DIR names "
+                                f"({', '.join(names) or 'none'})")
     bits = a.bits or weights.stored_bits(weights.find(a.model))
-    if not bits and a.adapter:
-        _, trained = peft_files.trained_with(a.adapter)
-        bits = trained if trained in (8, 4) else None
-    model = weights.load(a.model, bits=bits or 32, device=usable_device(a.device))
+    model = weights.load(a.model, bits=bits or recorded_bits(adapters) or 32, device=usable_device(a.device))
     tokenizer = data.load_tokenizer(a.model)  # also with an adapter: its rows of the embedding are the model's
-    template = data.load_template("auto", tokenizer)
-    if a.adapter:
-        peft_files.load(model, a.adapter)
-        saved = Path(a.adapter) / "chat_template.jinja"  # the template that the adapter was trained with
-        template = data.read_text(saved) if is_there(saved) else template
+    for name, folder in adapters.items():
+        peft_files.load(model, folder) if name is None else peft_files.add(model, name, folder)
+    template = None if a.raw else saved_template(adapters)
+    template = data.load_template("auto", tokenizer) if template is None else template
     options["stop"] = [whole(s) for s in a.stop]
 
     def encode(row, tools=None):
@@ -322,22 +376,38 @@ def main(argv=None):
         print()
         return text
 
+    def question(text):
+        return encode([(text, False)] if a.raw else [*system, {"role": "user", "content": text}])
+
     def answer(text):
-        if not a.raw:
-            return say(encode([*system, {"role": "user", "content": text}]))
-        print(text, end="")
-        return say(encode([(text, False)]))
+        print(text if a.raw else "", end="")
+        return say(question(text))
+
+    def switch(name):
+        if name not in ("", *names):
+            return print(f"note: no adapter is named {name}; there are {', '.join(names)}", file=sys.stderr)
+        options["adapter"] = name or None
+        print(f"note: {f'adapter {name}' if name else 'the base model'} answers", file=sys.stderr)
 
     if a.prompts is not None:
         answer_file(model, tokenizer, encode, rows, prompts, Path(a.out), a.batch_size or 8, options)
+    elif a.prompt is not None and names:
+        text = whole(a.prompt)
+        replies = [Reply(model.config, question(text), tokenizer, adapter=name, **options) for name in names]
+        deque(run(model, replies, len(names)), maxlen=0)  # all of them share each forward
+        for r in replies:
+            print(f"[{r.adapter}]\n{text if a.raw else ''}{r.text}")
     elif a.prompt is not None:
         answer(whole(a.prompt))
-    elif a.raw:
-        for line in lines():
-            answer(line)
     else:
-        limit = model.config.n_positions
-        chat(encode, say, system, limit - min(a.max_new_tokens, limit // 2))  # a reply needs positions too
+        change, limit = switch if names else None, model.config.n_positions
+        if names:
+            switch(names[0])
+        if a.raw:
+            for line in lines(change):
+                answer(line)
+            return
+        chat(encode, say, system, limit - min(a.max_new_tokens, limit // 2), change)  # a reply needs positions too
 
 
 if __name__ == "__main__":

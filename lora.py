@@ -86,9 +86,13 @@ class LoRALinear(nn.Module):
 
     def adapt(self, h, x):
         """The base's output h (..., out) for the input x (..., in) -> h + (alpha / r) B A x."""
-        z = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., R)
+        z = self.down(x)
         B = self.B().t().to(z.dtype)
         return torch.addmm(h.flatten(0, -2), z.flatten(0, -2), B, alpha=self.scale).view_as(h)  # h + scale z B^T
+
+    def down(self, x):
+        """x (..., in) -> A x (..., R)."""
+        return F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
 
     def delta(self) -> torch.Tensor:
         """(alpha / r) B A, in the layout of the checkpoint's weight (Conv1D: transposed)."""
@@ -123,7 +127,7 @@ class LoRALinear(nn.Module):
         The product of the two is this layer's output without its bias. The sum W + (alpha / r) B A would not do: in 16 bit
         it rounds a small B A to nothing.
         """
-        z = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)) * self.scale
+        z = self.down(x) * self.scale
         return torch.cat([x, z], -1), torch.cat([self.weight, self.B().to(self.weight.dtype)], 1)
 
 
@@ -144,12 +148,7 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
     Raises UserError for r < 1, alpha <= 0, dropout outside [0, 1), a model that already has adapters, a target that matches
     nothing, or an init that is not possible.
     """
-    if r < 1:
-        raise UserError(f"--lora-r {r}: the rank must be at least 1 (or train every weight with --full)")
-    if not 0 < alpha < math.inf:  # with 0, the adapter would add nothing and learn nothing
-        raise UserError(f"--lora-alpha {alpha}: must be above 0")
-    if not 0 <= dropout < 1:
-        raise UserError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
+    check(r, alpha, dropout)
     refuse_adapters(model)
     if init != "default":
         lora_init.check(init, model.bits, None, alpha)
@@ -165,6 +164,15 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
     if init != "default":
         lora_init.set_start(adapters(model), init, stored)
     return model
+
+
+def check(r: int, alpha: float, dropout: float):
+    if r < 1:
+        raise UserError(f"--lora-r {r}: the rank must be at least 1 (or train every weight with --full)")
+    if not 0 < alpha < math.inf:  # with 0, the adapter would add nothing and learn nothing
+        raise UserError(f"--lora-alpha {alpha}: must be above 0")
+    if not 0 <= dropout < 1:
+        raise UserError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
 
 
 def choose(model: nn.Module, linears: dict, targets: list[str]) -> dict[str, tuple[str, ...] | None]:
@@ -214,7 +222,9 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """What a method has put in a linear layer's place. The layer itself is its `base_layer`."""
-    return {n: m for n, m in model.named_modules() if is_linear(getattr(m, "base_layer", None))}
+    first = {}  # (of several adapters, each has the base layer too: methods/several.py)
+    return {n: m for n, m in model.named_modules()
+            if is_linear(base := getattr(m, "base_layer", None)) and first.setdefault(base, n) == n}
 
 
 @contextlib.contextmanager
@@ -241,17 +251,6 @@ def disabled(model: nn.Module):
 
 # ---------------------------------------------------------------------------------------------- merging
 
-WHY_NOT_MERGED = {
-    "bottleneck": "a nonlinear function, gelu, lies between its two matrices, and no weight computes it",
-    "prompt": "its word vectors are input that stands before the text, and no part of a weight",
-    "prefix": "its keys and values are input that stands before the text, and no part of a weight"}
-
-
-def refuse_merge(method: str | None):
-    if method in WHY_NOT_MERGED:
-        raise UserError(f"--method {method} cannot be merged: {WHY_NOT_MERGED[method]}; use it beside its model (--adapter)")
-
-
 def merge(model: nn.Module) -> nn.Module:
     """W <- W + (alpha / r) B A, or what another method makes of W and of its bias.
 
@@ -260,8 +259,9 @@ def merge(model: nn.Module) -> nn.Module:
     would round the small B A to nothing, and the result would not be the model that was trained.
     Raises UserError, before anything is changed, if W is held in fewer bits, or for a method that cannot be merged.
     """
-    refuse_merge(getattr(model, "method", None))
     changed = layers(model)
+    if getattr(model, "method", None) and not all(hasattr(m, "merged") for m in [*changed.values()] or [model]):
+        raise UserError(f"--method {model.method} cannot be merged into the model's weights; use it beside its model")
     for name, m in changed.items():
         if isinstance(m.base_layer, quant.LowBitLinear):
             raise UserError(f"{name} is held in {model.bits} bit, which would round the adapter away; "

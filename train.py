@@ -147,12 +147,10 @@ def train(run: state.Run, plan: Plan, val_sets: dict, params: dict, predictor: a
 
 def replies(run: state.Run, prompts: list) -> list[str]:
     """What the model answers to each prompt: greedy decoding, at most 64 tokens."""
-    longest, texts = max(1, run.model.config.n_positions - 64), []
+    longest = max(1, run.model.config.n_positions - 64)
     with autocast(run.cfg.device, run.cfg.amp):
-        for ids, _, task in prompts:
-            tasks.route(run.model, task and [task])
-            texts.append(generate.reply(run.model, run.tokenizer, ids[-longest:], max_new_tokens=64, temperature=0))
-    return texts
+        return [generate.reply(run.model, run.tokenizer, ids[-longest:], max_new_tokens=64, temperature=0,
+                               adapter=tasks.adapters_of(run.model, task)) for ids, _, task in prompts]
 
 
 def main(cfg: TrainConfig, **own) -> dict:

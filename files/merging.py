@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import lora
 from files import method_files, peft_files, weights, writing
+from methods import refuse_merge
 from techniques import quant
 from techniques.device import device_of
 
@@ -35,7 +35,7 @@ class Merge:
     """An adapter and the checkpoint it was trained on: every weight of the merged model and of the one that was trained."""
 
     def __init__(self, model: str, adapter: str):
-        lora.refuse_merge(method := method_files.method_of(adapter))
+        refuse_merge(method := method_files.method_of(adapter))
         self.stored = weights.StoredWeights(model)
         self.model = self.stored.model  # shapes only
         read = method_files.read_ia3 if method == "ia3" else peft_files.read

@@ -44,14 +44,17 @@ class Start:
 STARTS = {"default": Start(), "loftq": Start(start_file=True, same_bits=True), "pissa": Start(joined=True)}
 
 
-def save(model: nn.Module, folder, name: str = ""):
+def save(model: nn.Module, folder, name: str | None = None):
     """Write the model's adapters to `folder` as PEFT does. Only the adapters: MBs, not GBs. Raises UserError.
 
     name: which one, of a model with several adapters (methods/several.py).
     """
+    if name is None and several.names(model):
+        raise UserError(f"{folder}: the model has several adapters ({', '.join(several.names(model))}); say which one "
+                        f"is saved")
     if getattr(model, "method", None) in method_files.TYPES:
         return method_files.save(model, folder)
-    adapters = several.of(model, name) if name else lora.adapters(model)
+    adapters = lora.adapters(model) if name is None else several.of(model, name)
     rule = STARTS[getattr(model, "lora_init", "default")]
     if not adapters:
         raise UserError(f"{folder}: nothing to save, the model has no adapters")

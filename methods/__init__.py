@@ -16,4 +16,15 @@ Each file has `inject`, which freezes the model, puts the method on it, and sets
 lora.py: finding layers by name (choose, matches), putting a module in a layer's place (replace). files/peft_files.py and
 files/method_files.py read and write PEFT's files.
 """
+from errors import UserError
+
 METHODS = ("lora", "dora", "ia3", "bottleneck", "prompt", "prefix")
+WHY_NOT_MERGED = {
+    "bottleneck": "a nonlinear function, gelu, lies between its two matrices, and no weight computes it",
+    "prompt": "its word vectors are input that stands before the text, and no part of a weight",
+    "prefix": "its keys and values are input that stands before the text, and no part of a weight"}
+
+
+def refuse_merge(method: str):
+    if method in WHY_NOT_MERGED:
+        raise UserError(f"--method {method} cannot be merged: {WHY_NOT_MERGED[method]}; use it beside its model (--adapter)")

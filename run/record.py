@@ -30,6 +30,7 @@ import memory
 from errors import UserError
 from files import weights, writing
 from files.json_files import check, is_there, parse_json
+from methods import WHY_NOT_MERGED
 from techniques.device import compute_dtype, device_of, type_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,9 +265,8 @@ def next_commands(cfg, out: Path) -> list[str]:
     if cfg.tasks:
         talk = ["--model", cfg.model, *(x for t in cfg.tasks for x in ("--adapter", f"{t}={out / 'best' / t}"))]
     commands = [command("generate.py", *talk, "--prompt", "Hello")]
-    if cfg.tasks:
-        return commands
-    if not cfg.full and not weights.stored_bits(weights.find(cfg.model)):
+    can_merge = not cfg.full and not cfg.tasks and cfg.method not in WHY_NOT_MERGED
+    if can_merge and not weights.stored_bits(weights.find(cfg.model)):
         commands.append(command("export.py", "merge", *talk, "--out", out / "merged"))
     return commands
 

@@ -103,7 +103,7 @@ class Run:
             dtype = raw.get("dtype") or raw.get("torch_dtype")  # the newer and the older key
             weights.save(self.model, folder, dtype if dtype in weights.DTYPES else "float32", self.trained)
         else:
-            peft_files.save(self.model, folder, task)
+            peft_files.save(self.model, folder, task or None)
             weights.save_tokenizer(self.tokenizer.folder, folder, self.tokenizer.eos)
         writing.write_text(folder / "chat_template.jinja", self.template)
         replies = weights.optional_json(self.tokenizer.folder / "generation_config.json")
