@@ -286,7 +286,7 @@ def test_what_a_model_with_several_adapters_refuses(place, tmp_path):
     folder = place / "llama"
     model = with_several(folder, names="ab")
     before = logits(model)
-    for call, says in ((lambda: lora.merge(model), "several adapters, and each would be merged"),
+    for call, says in ((lambda: lora.merge(model), "--method several cannot be merged"),
                        (lambda: lora.inject(model), "already has adapters"),
                        (lambda: several.inject(model, ["c"]), "already has adapters"),
                        (lambda: peft_files.load(model, folder / "c"), "already has adapters"),
