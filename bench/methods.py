@@ -36,16 +36,16 @@ from files.hub import ASSETS
 from files.json_files import parse_json, show
 from run.options import TrainConfig, default_lr
 
-# Options of each method, and its learning rate as a multiple of default_lr (for --full, of its own default). --rates tries
-# a third and three times as much, with a seed that is not among those of the table.
+# Options of each method, and its learning rate as a multiple of train.py's default. --rates tries a third and three times
+# as much, with a seed that is not among those of the table.
 METHODS = {
     "lora": ({}, 1.0),
     "lora-plus": ({"lora_plus": 16.0}, 0.3),
     "dora": ({"method": "dora"}, 1.0),
-    "ia3": ({"method": "ia3"}, 10.0),
+    "ia3": ({"method": "ia3"}, 1.0),
     "bottleneck": ({"method": "bottleneck", "bottleneck": 64}, 1.0),
-    "prompt": ({"method": "prompt", "virtual_tokens": 20}, 10.0),
-    "prefix": ({"method": "prefix", "virtual_tokens": 20}, 10.0),
+    "prompt": ({"method": "prompt", "virtual_tokens": 20}, 1.0),
+    "prefix": ({"method": "prefix", "virtual_tokens": 20}, 1.0),
     "full": ({"full": True}, 1.0),
 }
 JOB = {"amp": True, "batch_size": 4, "max_length": 128, "samples": 0, "no_cache": True}
@@ -79,7 +79,7 @@ def files_of(args, folder: Path) -> dict:
 
 def rate(name: str, width: int, times: float = 1.0) -> float:
     options, multiple = METHODS[name]
-    return float(f"{default_lr(width, bool(options.get('full'))) * multiple * times:.2g}")
+    return float(f"{default_lr(width, bool(options.get('full')), options.get('method', 'lora')) * multiple * times:.2g}")
 
 
 def one_run(name: str, seed: int, lr: float, args, files: dict, folder: Path) -> dict:

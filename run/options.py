@@ -114,12 +114,16 @@ class TrainConfig:
     given: ClassVar[frozenset[str]] = frozenset()  # the options that the command line names, also those at their defaults
 
 
-def default_lr(width: int, full: bool) -> float:
+# What is trained by other methods moves at multiples of LoRA's rate. `python -m bench methods --rates` tried them.
+TIMES = {"ia3": 10, "prompt": 10, "prefix": 10}
+
+
+def default_lr(width: int, full: bool, method: str = "lora") -> float:
     """5e-5 * (2000 / width)^0.781 with --full, ten times that for adapters. width: the model's n_embd.
 
     Schulman et al., "LoRA Without Regret" (2025), fitted it to LLaMA runs. With LoRA: GPT-2 124M 1.1e-3, LLaMA-7B 2.9e-4.
     """
-    return float(f"{5e-5 * (1 if full else 10) * (2000 / width) ** 0.781:.2g}")
+    return float(f"{5e-5 * (1 if full else 10) * TIMES.get(method, 1) * (2000 / width) ** 0.781:.2g}")
 
 
 RANGES = [  # options, whether a value is possible (no comparison with nan is true), and the words of the refusal
@@ -226,7 +230,7 @@ def resolve_for(cfg: TrainConfig, config, stored: int | None):
     if not cfg.full and not cfg.adapter and cfg.method in ("lora", "dora") and cfg.lora_r > config.n_embd:
         raise UserError(f"--lora-r {cfg.lora_r}: {cfg.model} is {config.n_embd} wide; an adapter of a higher rank has more "
                         f"parameters and learns no more")
-    cfg.lr = default_lr(config.n_embd, cfg.full) if cfg.lr is None else cfg.lr
+    cfg.lr = default_lr(config.n_embd, cfg.full, cfg.method) if cfg.lr is None else cfg.lr
 
 
 OF_METHOD = {  # options and the methods that have them

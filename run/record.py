@@ -264,6 +264,9 @@ def next_commands(cfg, out: Path) -> list[str]:
     talk = ["--model", out / "best"] if cfg.full else ["--model", cfg.model, "--adapter", out / "best"]
     if cfg.tasks:
         talk = ["--model", cfg.model, *(x for t in cfg.tasks for x in ("--adapter", f"{t}={out / 'best' / t}"))]
+    if cfg.shared_adapter:  # a task's adapter was trained with it, and is used with it: their sum is one adapter
+        both = (x for t in (cfg.tasks[0], cfg.tasks[-1]) for x in ("--adapter", out / "best" / t))
+        return [command("export.py", "combine", "--model", cfg.model, *both, "--out", out / cfg.tasks[0])]
     commands = [command("generate.py", *talk, "--prompt", "Hello")]
     can_merge = not cfg.full and not cfg.tasks and cfg.method not in WHY_NOT_MERGED
     if can_merge and not weights.stored_bits(weights.find(cfg.model)):

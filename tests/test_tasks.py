@@ -9,6 +9,7 @@ from runs import evaluations, no_picture, options, run, steps, timeless
 from test_predict import InProcess
 
 import data
+import export
 import lora
 import train
 from errors import UserError
@@ -182,9 +183,20 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(go, tmp_path, monkeyp
     assert train.main(train.TrainConfig(out=str(tmp_path / "again"), resume=True))["steps"] == 6  # finished
 
 
-def test_the_command_for_what_comes_next_names_an_adapter(go, capsys):
+def test_the_command_for_what_comes_next_names_an_adapter(go, shared, capsys):
     go()
     assert "--adapter add=" in capsys.readouterr().out
+    out = go("two", shared_adapter=True)  # with a shared adapter: the sum of both, which is what was trained
+    assert f"--adapter {out}/best/add --adapter {out}/best/shared" in (said := capsys.readouterr().out)
+    words = next(line for line in said.splitlines() if "export.py combine" in line).split()
+    export.main(words[words.index("combine"):])
+    ids = torch.arange(20)[None]
+    one = peft_files.load(weights.load(str(shared / "llama")), out / "add")
+    both = weights.load(str(shared / "llama"))
+    for name in ("add", "shared"):
+        peft_files.add(both, name, out / "best" / name)
+    several.route(both, [("add", "shared")])
+    torch.testing.assert_close(one(ids), both(ids), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("how", [{}, {"amp": True, "bits": 4, "ckpt_every": 1, "shared_adapter": True, "grad_accum": 2}],
