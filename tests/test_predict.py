@@ -712,7 +712,7 @@ def test_the_command_is_the_configuration_that_was_predicted(shared, monkeypatch
     """The printed command gives the predicted configuration. If nothing fits, the error is one line."""
     seen = {}
 
-    def fake(cfg, raw_config, sizes, machine):
+    def fake(cfg, raw_config, sizes, machine, tasks):
         need = int(1e6 * cost(cfg))
         seen[need] = cfg
         return {"peak": need, "reserved": need, "by_category": {}, "params": {}}
