@@ -36,7 +36,19 @@ from techniques import lora_init, quant
 from techniques.device import type_name
 
 
-class LoRALinear(nn.Module):
+class AdaptedLinear(nn.Module):
+    """What a method puts in a linear layer's place (methods/ has others than LoRA). The layer itself is its `base_layer`."""
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+
+class LoRALinear(AdaptedLinear):
     """A frozen linear layer and its adapter.
 
     parts: which parts of W have an adapter each, such as ("q", "v") of c_attn; None: one adapter for all of W.
@@ -112,14 +124,6 @@ class LoRALinear(nn.Module):
 
     def merged_bias(self, b: torch.Tensor) -> torch.Tensor:
         return b
-
-    @property
-    def weight(self):
-        return self.base_layer.weight
-
-    @property
-    def bias(self):
-        return self.base_layer.bias
 
     def widen(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (..., in) -> [x, (alpha / r) A x] (..., in + R) and [W, B] (out, in + R). For a head (loss.py).
@@ -221,10 +225,10 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """What a method has put in a linear layer's place. The layer itself is its `base_layer`."""
+    """What a method has put in the place of linear layers."""
     first = {}  # (of several adapters, each has the base layer too: methods/several.py)
     return {n: m for n, m in model.named_modules()
-            if is_linear(base := getattr(m, "base_layer", None)) and first.setdefault(base, n) == n}
+            if isinstance(m, AdaptedLinear) and first.setdefault(m.base_layer, n) == n}
 
 
 @contextlib.contextmanager

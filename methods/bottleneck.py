@@ -22,7 +22,7 @@ import lora
 from errors import UserError
 
 
-class BottleneckLinear(nn.Module):
+class BottleneckLinear(lora.AdaptedLinear):
     """A frozen linear layer, and a bottleneck adapter behind it."""
 
     method = "bottleneck"
@@ -40,14 +40,6 @@ class BottleneckLinear(nn.Module):
         y = self.base_layer(x)
         inside = F.gelu(F.linear(y, self.down.to(y.dtype), self.down_bias.to(y.dtype)))
         return y + F.linear(inside, self.up.to(y.dtype), self.up_bias.to(y.dtype))
-
-    @property
-    def weight(self):
-        return self.base_layer.weight
-
-    @property
-    def bias(self):
-        return self.base_layer.bias
 
 
 def layers(model: nn.Module) -> dict[str, BottleneckLinear]:

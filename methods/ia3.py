@@ -19,7 +19,7 @@ from torch import nn
 import lora
 
 
-class IA3Linear(nn.Module):
+class IA3Linear(lora.AdaptedLinear):
     """A frozen linear layer with factors for its inputs (on_input), or for its outputs: of some `parts`, or of all."""
 
     method = "ia3"
@@ -53,14 +53,6 @@ class IA3Linear(nn.Module):
 
     def start_delta(self):
         return 0.0
-
-    @property
-    def weight(self):
-        return self.base_layer.weight
-
-    @property
-    def bias(self):
-        return self.base_layer.bias
 
 
 def layers(model: nn.Module) -> dict[str, IA3Linear]:

@@ -34,7 +34,7 @@ class Routing:
         self.dim = 0
 
 
-class SeveralLinear(nn.Module):
+class SeveralLinear(lora.AdaptedLinear):
     """A frozen linear layer and adapters beside it: `adapters` are LoRALinears of the same base layer."""
 
     def __init__(self, base: nn.Module, routing: Routing):
@@ -61,14 +61,6 @@ class SeveralLinear(nn.Module):
         if any(rows is not None for rows in self.routing.rows.values()):
             raise UserError("an adapter on the head cannot have a loss over a batch that mixes adapters")
         return next((m.widen(x) for m, _ in self.active()), (x, self.weight))
-
-    @property
-    def weight(self):
-        return self.base_layer.weight
-
-    @property
-    def bias(self):
-        return self.base_layer.bias
 
 
 def key(name: str) -> str:
