@@ -7,7 +7,7 @@ A run is train.main with the method's usual size. The seed decides the random st
 seeds all methods see equal batches. A run that is finished is a line of methods.jsonl, and is not made again: the same
 command continues what was interrupted.
 
-    held-out loss   after the last step, on 64 rows of a held-out tenth. Which ones is decided once, for all seeds
+    held-out loss   after the last step, on (at most) 64 rows of a held-out tenth. Which ones is decided once, for all seeds
     forgetting      the loss on a text that has nothing to do with the data, minus the untouched model's on it
 
 The interval of n runs is mean +- t s / sqrt(n), with their standard deviation s (n - 1 in its denominator) and Student's t
@@ -48,8 +48,8 @@ METHODS = {
     "prefix": ({"method": "prefix", "virtual_tokens": 20}, 1.0),
     "full": ({"full": True}, 1.0),
 }
-JOB = {"amp": True, "batch_size": 4, "max_length": 128, "eval_examples": 64, "samples": 0, "no_cache": True}
-STEPS, SEEDS, RATES_SEED = 40, 5, 1000
+JOB = {"amp": True, "batch_size": 4, "max_length": 128, "samples": 0, "no_cache": True}
+STEPS, SEEDS, RATES_SEED, HELD_OUT = 40, 5, 1000, 64
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 95 %: 1, 2, ... degrees of freedom
 # PEFT's method_comparison/MetaMathQA/results (lora--, lora-...-dora--, full-finetuning--llama-3.2-3B-*.json), one seed: the
 # share of GSM8K's 1,319 test questions that is answered rightly. As run in July 2026, and with PEFT 0.15.2.dev0 (2025).
@@ -74,7 +74,7 @@ def files_of(args, folder: Path) -> dict:
     text = Path(args.text).resolve()
     if not text.is_file() or rows.kind_of(text) != ".txt":
         raise UserError(f"--text {args.text}: must be a .txt file")
-    return {"data": str(folder / "train.jsonl"), "val_data": f"{folder / 'held-out.jsonl'},{text}"}
+    return {"eval_examples": min(HELD_OUT, n), "data": str(folder / "train.jsonl"), "val_data": f"{folder / 'held-out.jsonl'},{text}"}
 
 
 def rate(name: str, width: int, times: float = 1.0) -> float:
