@@ -76,7 +76,7 @@ def train_step(model, optimizer, scaler, batches: list[data.Batch], cfg: TrainCo
         losses.append(loss.detach())
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)  # before clipping: the threshold is in units of the true gradient
-    tasks.weigh(model, batches, optimizer.master)
+    tasks.weigh(model, batches, optimizer.master)  # --task-column: each adapter by the labels of its own task
     trained = [optimizer.master(p) for p in model.parameters() if p.requires_grad]
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip or math.inf)
     # Read only now, and all losses at once: each read makes the host wait for a GPU.

@@ -74,7 +74,8 @@ def files_of(args, folder: Path) -> dict:
     text = Path(args.text).resolve()
     if not text.is_file() or rows.kind_of(text) != ".txt":
         raise UserError(f"--text {args.text}: must be a .txt file")
-    return {"eval_examples": min(HELD_OUT, n), "data": str(folder / "train.jsonl"), "val_data": f"{folder / 'held-out.jsonl'},{text}"}
+    return {"eval_examples": min(HELD_OUT, n), "data": str(folder / "train.jsonl"),
+            "val_data": f"{folder / 'held-out.jsonl'},{text}"}
 
 
 def rate(name: str, width: int, times: float = 1.0) -> float:
