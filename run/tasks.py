@@ -49,15 +49,18 @@ def split(parts: list[data.Part], tasks: list[list[str]], weights: list[float] |
     for part, of_row, weight in zip(parts, tasks, weights or [1.0] * len(parts)):
         for task in sorted(set(of_row)):
             mine = part.rows & torch.tensor([t == task for t in of_row])
-            examples = part.examples & mine[part.file.rows]
-            if examples.any():
-                made.append((data.Part(part.file, mine, examples, task), weight))
+            if mine.any():
+                made.append((data.Part(part.file, mine, part.examples & mine[part.file.rows], task), weight))
     return [part for part, _ in made], [weight for _, weight in made]
 
 
 def names(train: data.Dataset, held_out: list[data.Dataset], column: str, shared: bool) -> tuple[str, ...]:
     """The adapters of a run. Raises UserError for a task that nothing is trained on, and for a single one."""
     found = train.tasks
+    for task in found:
+        if not any(p.examples.any() for p in train.parts if p.task == task):
+            raise UserError(f"--task-column {column}: none of task {task}'s rows has a token to learn (empty replies, or "
+                            f"--max-length cuts them off)")
     if len(found) < 2:
         raise UserError(f"--task-column {column}: every row is of task {found[0]}; leave it out, and one adapter is trained")
     if shared and SHARED in found:

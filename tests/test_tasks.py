@@ -228,6 +228,14 @@ def test_bad_tasks(go, tmp_path, names, more, words):
         go(data=tmp_path / "rows.jsonl", **more)
 
 
+def test_a_task_without_a_reply(go, tmp_path):
+    rows = make_rows(tmp_path / "rows.jsonl")
+    with open(rows, "a") as f:
+        f.write(json.dumps({"instruction": "Say it.", "output": "", "task": "silent"}) + "\n")
+    with pytest.raises(UserError, match="none of task silent's rows has a token to learn"):
+        go(data=rows)
+
+
 def test_a_text_has_no_tasks(go, tmp_path):
     (tmp_path / "a.txt").write_text("It was a fine day. " * 200)
     with pytest.raises(UserError, match="plain text, which has no columns"):
