@@ -158,12 +158,11 @@ def inject(model: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0
         lora_init.check(init, model.bits, None, alpha)
         if stored is None:
             raise ValueError(f"init={init!r} needs the weights as stored, such as StoredWeights(model.source).read")
-    linears = {n: m for n, m in model.named_modules() if is_linear(m)}
-    chosen = choose(model, linears, [targets] if isinstance(targets, str) else targets or model.default_targets)
+    there, chosen = linears(model), choose(model, targets)
     refuse_head(model, chosen, layer)
     model.requires_grad_(False)
     for name, parts in chosen.items():
-        replace(model, name, layer(linears[name], r, alpha, dropout, rslora, parts))
+        replace(model, name, layer(there[name], r, alpha, dropout, rslora, parts))
     model.lora_init, model.method = init, layer.method
     if init != "default":
         lora_init.set_start(adapters(model), init, stored)
@@ -179,18 +178,24 @@ def check(r: int, alpha: float, dropout: float):
         raise UserError(f"--lora-dropout {dropout}: must be at least 0 and below 1")
 
 
-def choose(model: nn.Module, linears: dict, targets: list[str]) -> dict[str, tuple[str, ...] | None]:
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's linear layers by their own names, whether something stands in their place or not."""
+    return {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if is_linear(m)}
+
+
+def choose(model: nn.Module, targets: str | list[str] | None) -> dict[str, tuple[str, ...] | None]:
     """The layers that `targets` name: {name: the parts of it, or None for the whole layer}. Raises UserError."""
+    there = linears(model)
     chosen: dict[str, set] = {}
-    for target in targets:
-        matching = matches(model, linears, target)
+    for target in [targets] if isinstance(targets, str) else targets or model.default_targets:
+        matching = matches(model, there, target)
         if not matching:
-            last_names = {n.rsplit(".", 1)[-1]: m for n, m in linears.items()}
+            last_names = {n.rsplit(".", 1)[-1]: m for n, m in there.items()}
             names = [*last_names, *(f"{n}.{p}" for n, m in last_names.items() for p in getattr(m, "parts", ())), "all"]
             raise UserError(f"--lora-targets {target}: no such layer; this model has {', '.join(sorted(names))}")
         for name, part in matching:
             chosen.setdefault(name, set()).add(part)
-    return {name: None if None in parts else tuple(p for p in linears[name].parts if p in parts)  # in the matrix's order
+    return {name: None if None in parts else tuple(p for p in there[name].parts if p in parts)  # in the matrix's order
             for name, parts in chosen.items()}
 
 
@@ -264,7 +269,8 @@ def merge(model: nn.Module) -> nn.Module:
     Raises UserError, before anything is changed, if W is held in fewer bits, or for a method that cannot be merged.
     """
     changed = layers(model)
-    if getattr(model, "method", None) and not all(hasattr(m, "merged") for m in [*changed.values()] or [model]):
+    can_merge = changed and all(hasattr(m, "merged") for m in changed.values())
+    if getattr(model, "method", None) and not can_merge:
         raise UserError(f"--method {model.method} cannot be merged into the model's weights; use it beside its model")
     for name, m in changed.items():
         if isinstance(m.base_layer, quant.LowBitLinear):

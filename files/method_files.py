@@ -43,7 +43,7 @@ def key(model: nn.Module, layer: str) -> str:
 
 
 def ia3_files(model: nn.Module):
-    layers = ia3.layers(model)
+    layers = lora.layers(model)
     tensors = {f"{key(model, n)}.ia3_l": m.factors()[None] if m.on_input else m.factors()[:, None]
                for n, m in layers.items()}
     return tensors, {"target_modules": sorted(layers),
@@ -71,7 +71,7 @@ def virtual_tokens(model: nn.Module, width: int, heads: int) -> dict:
 
 
 def bottleneck_files(model: nn.Module):
-    layers = bottleneck.layers(model)
+    layers = lora.layers(model)
     return ({f"{key(model, n)}.{f}": getattr(m, f) for n, m in layers.items() for f in FACTORS},
             {"bottleneck": len(next(iter(layers.values())).down_bias), "target_modules": sorted(layers)})
 
@@ -183,7 +183,7 @@ def load_bottleneck(model: nn.Module, config: MethodConfig, tensors: dict, path:
         raise UserError(f"{path}: its adapters have inner widths {sorted(sizes)}, adapter_config.json says "
                         f"{config.bottleneck}")
     bottleneck.inject(model, config.bottleneck)
-    places = {f"{key(model, n)}.{f}": getattr(m, f) for n, m in bottleneck.layers(model).items() for f in FACTORS}
+    places = {f"{key(model, n)}.{f}": getattr(m, f) for n, m in lora.layers(model).items() for f in FACTORS}
     check_names(tensors, places, path)
     with torch.no_grad():
         for name, p in places.items():
@@ -203,7 +203,7 @@ def read_ia3(model: nn.Module, folder, device=None) -> dict[str, ia3.IA3Linear]:
     PEFT may scale other layers than `ia3.places`: a layer with factors (1, in) is scaled before, one with (out, 1) behind.
     """
     _, tensors, path = read(folder)
-    linears = {n: m for n, m in model.named_modules() if lora.is_linear(m)}
+    linears = lora.linears(model)
     places = {f"{key(model, n)}.ia3_l": n for n in linears}
     modules, parts_of = {}, ia3.places(model)
     for name, l in tensors.items():

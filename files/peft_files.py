@@ -205,7 +205,7 @@ def options(folder, name: str) -> dict:
     model = weights.without_storage(model_class, config)
     adapters = read(model, folder, device="cpu")
     layers = {(n, part) for n, m in adapters.items() for part in m.parts or (None,)}
-    linears, names = {n: m for n, m in model.named_modules() if lora.is_linear(m)}, set()
+    linears, names = lora.linears(model), set()
     for layer, part in layers:  # "q_proj" if every q_proj has an adapter, else "layers.0.self_attn.q_proj"
         short, whole = (".".join(filter(None, (n, part))) for n in (layer.rpartition(".")[2], layer))
         names.add(short if layers.issuperset(lora.matches(model, linears, short)) else whole)
@@ -262,7 +262,7 @@ def read(model: nn.Module, folder, device=None) -> dict[str, lora.LoRALinear]:
     config = read_adapter_config(config_path)
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickle weights are not loaded; save the adapter as safetensors")
-    linears = several.linears(model)
+    linears = lora.linears(model)
     kinds = (*KINDS, "lora_magnitude_vector") if config.use_dora else KINDS
     factors, (all_parts, init, _) = read_factors(model, path, linears, kinds)
     layer = dora.DoRALinear if config.use_dora else lora.LoRALinear

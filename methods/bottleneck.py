@@ -25,8 +25,6 @@ from errors import UserError
 class BottleneckLinear(lora.AdaptedLinear):
     """A frozen linear layer, and a bottleneck adapter behind it."""
 
-    method = "bottleneck"
-
     def __init__(self, base: nn.Module, size: int):
         super().__init__()
         self.base_layer, device = base, base.weight.device
@@ -42,18 +40,13 @@ class BottleneckLinear(lora.AdaptedLinear):
         return y + F.linear(inside, self.up.to(y.dtype), self.up_bias.to(y.dtype))
 
 
-def layers(model: nn.Module) -> dict[str, BottleneckLinear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, BottleneckLinear)}
-
-
 def inject(model: nn.Module, size: int = 64) -> nn.Module:
     """Put an adapter of `size` inner numbers behind attention and MLP, and freeze every weight. Raises UserError."""
     lora.refuse_adapters(model)
     if size < 1:
         raise UserError(f"--bottleneck {size}: must be at least 1")
-    linears = {n: m for n, m in model.named_modules() if lora.is_linear(m)}
     model.requires_grad_(False)
-    for name in lora.choose(model, linears, list(model.outputs)):
-        lora.replace(model, name, BottleneckLinear(linears[name], size))
+    for name in lora.choose(model, list(model.outputs)):
+        lora.replace(model, name, BottleneckLinear(model.get_submodule(name), size))
     model.method = "bottleneck"
     return model

@@ -22,8 +22,6 @@ import lora
 class IA3Linear(lora.AdaptedLinear):
     """A frozen linear layer with factors for its inputs (on_input), or for its outputs: of some `parts`, or of all."""
 
-    method = "ia3"
-
     def __init__(self, base: nn.Module, on_input: bool, parts: tuple[str, ...] | None = None, device=None):
         super().__init__()
         self.base_layer, self.on_input, self.parts = base, on_input, parts
@@ -55,16 +53,11 @@ class IA3Linear(lora.AdaptedLinear):
         return 0.0
 
 
-def layers(model: nn.Module) -> dict[str, IA3Linear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, IA3Linear)}
-
-
 def places(model: nn.Module) -> dict[str, tuple[bool, tuple[str, ...] | None]]:
     """The layers that get factors: {name: (on_input, parts)}."""
-    linears = {n: m for n, m in model.named_modules() if lora.is_linear(m)}
-    outputs = lora.choose(model, linears, list(model.keys_and_values))
+    outputs = lora.choose(model, list(model.keys_and_values))
     return {**{n: (False, parts) for n, parts in outputs.items()},
-            **dict.fromkeys(lora.choose(model, linears, [model.outputs[1]]), (True, None))}
+            **dict.fromkeys(lora.choose(model, [model.outputs[1]]), (True, None))}
 
 
 def inject(model: nn.Module) -> nn.Module:

@@ -94,11 +94,6 @@ def layers(model: nn.Module) -> dict[str, SeveralLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, SeveralLinear)}
 
 
-def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's linear layers by their own names, whether they have adapters or not."""
-    return {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if lora.is_linear(m)}
-
-
 def add(model: nn.Module, name: str, adapters: dict[str, lora.LoRALinear]) -> nn.Module:
     """Put one more adapter on the model. No row goes through it before `adapter` or `route` say so. Raises UserError.
 
@@ -143,8 +138,8 @@ def inject(model: nn.Module, adapter_names: list[str], r: int = 8, alpha: float 
     """A new adapter for each name, all of the same shape, and freeze every weight. Arguments as lora.inject's."""
     lora.check(r, alpha, dropout)
     lora.refuse_adapters(model)
-    there = linears(model)
-    chosen = lora.choose(model, there, [targets] if isinstance(targets, str) else targets or model.default_targets)
+    there = lora.linears(model)
+    chosen = lora.choose(model, targets)
     if model.head_name in chosen:
         raise UserError(f"--lora-targets: {model.head_name} cannot have several adapters, its product is part of the loss")
     for name in adapter_names:

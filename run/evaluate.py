@@ -29,7 +29,7 @@ def evaluate(model: nn.Module, val_set: data.Dataset, cfg: TrainConfig, tokenize
     model.eval()
     numbers = torch.arange(len(val_set)) if numbers is None else numbers
     order = numbers[val_set.lengths[numbers].sort(descending=True, stable=True).indices]
-    task_of = [val_set.task_of(i) for i in order.tolist()]
+    task_of = [val_set.task_of(i) for i in order.tolist()] if val_set.tasks else [None] * len(order)
     totals, labels, n_bytes = Counter(), Counter(), 0
     batches = [some for task in sorted(set(task_of), key=str)  # a batch has examples of one task
                for some in order[[t == task for t in task_of]].split(cfg.batch_size)]
