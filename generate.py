@@ -24,6 +24,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -85,7 +86,7 @@ class Reply:
             raise UserError("the logits are not finite (NaN or infinity): the model or its adapter is damaged, or its "
                             "numbers are too large; try --bits 32")
         self.rng = self.rng or torch.Generator().manual_seed(self.seed)
-        self.new.append(choose(logits, rng=self.rng, seen=self.ids + self.new, **self.options))
+        self.new.append(choose(logits, rng=self.rng, seen=self.ids + self.new, new=self.new, **self.options))
         stopped = self.new[-1] in self.stop_ids
         if self.tokenizer:
             self.text = self.tokenizer.decode(self.new[:-1] if stopped else self.new)
@@ -100,12 +101,19 @@ class Reply:
             self.ready = self.ready[:len(self.ready) - max(begun, default=0)]
 
 
-def step(model, cache: KVCache, slots: list[int], ids: list[list[int]]):
-    """One forward: ids[b] follow the tokens in slot slots[b]. Returns the logits (B, V) after the last of each row's ids."""
+def step(model, cache: KVCache, slots: list[int], ids: list[list[int]], adapters: list | None = None, whole=()):
+    """One forward: ids[b] follow the tokens in slot slots[b], and go through adapters[b] (methods/several.py).
+
+    Returns for each b the logits after its last id, (1, V): the head's V * C products are done for these positions only.
+    whole: the numbers b for which they are wanted after each of its ids, (len(ids[b]), V).
+    """
     device, counts = next(model.parameters()).device, [len(i) for i in ids]
-    x = torch.tensor([i + [0] * (max(counts) - len(i)) for i in ids], device=device)
-    h = model.hidden(x, cache=cache.rows(slots, counts))
-    return model.head(h[list(range(len(ids))), [n - 1 for n in counts]])  # V * C products for the last position only
+    several.route(model, adapters or [None] * len(ids), counts)
+    h = model.hidden(torch.tensor([sum(ids, [])], device=device), cache=cache.rows(slots, counts))
+    wanted = [n if b in whole else 1 for b, n in enumerate(counts)]
+    last = [t for t, n in zip(accumulate(counts), wanted) for t in range(t - n, t)]
+    several.route(model, adapters or [None] * len(ids), wanted)  # the head may have adapters too
+    return model.head(h[:, last])[0].split(wanted)
 
 
 @torch.no_grad()
@@ -128,9 +136,8 @@ def run(model, replies: list[Reply], batch_size: int = 1) -> Iterator[Reply]:
                     slots, ids = [len(running) - 1], [running[-1].ids]
                 else:
                     slots, ids = list(range(len(running))), [r.new[-1:] for r in running]
-                several.route(model, [running[slot].adapter for slot in slots])
-                for slot, logits in zip(slots, step(model, cache, slots, ids)):
-                    running[slot].add(logits)
+                for slot, logits in zip(slots, step(model, cache, slots, ids, [running[slot].adapter for slot in slots])):
+                    running[slot].add(logits[-1])
                     yield running[slot]
                 for slot in reversed(slots):
                     if running[slot].finish_reason:

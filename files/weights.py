@@ -52,7 +52,7 @@ from techniques.device import device_of, type_name
 #                          Layer i runs through `recompute` while gradients are on and (i + 1) % ckpt_every is 0 (never if
 #                          ckpt_every is 0); ckpt_offload says whether its input waits in host memory. With a cache
 #                          (techniques/kv_cache.py), the positions are cache.positions(ids), and each attention
-#                          calls cache.extend(layer, k, v)
+#                          calls cache.extend(layer, k, v), which says what `attend` needs
 #      forward(the same)   head(hidden(...)), the logits (B, T, V). No loss, no optimizer, no sampling
 #    A linear layer is a module with in_features, out_features, weight and bias (or None). It may also have
 #      parts               the rows of the matrices that it joins: {"q": C, "k": C, "v": C} in GPT-2's c_attn

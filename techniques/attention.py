@@ -20,13 +20,19 @@ def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool 
     (methods/prefix.py). No padding mask is needed: padding is on the right of every real token, and a token sees only what
     is on its left.
 
-    mask: (B, 1, T, S), true where position t of row b sees s. Only a KV cache gives one (techniques/kv_cache.py), if its
-    rows have different lengths, or if several tokens follow those in it. It is for generation: no gradients.
+    mask: (B, 1, T, S), true where position t of row b sees s; or the texts of a KV cache (techniques/kv_cache.py), each
+    with its own rows of q, places in k and v, and mask. It is for generation: no gradients.
 
     segments: the lengths of the examples in a packed row (B = 1). Attention runs example by example: its work is
     sum(t^2) instead of (sum t)^2, and no example sees another. float32: 16-bit q, k and v are multiplied and summed in
     float32 (phi.py needs this); the result is 16 bit again.
     """
+    if isinstance(mask, list):
+        tokens, y = q.transpose(1, 2), []  # (B, T, H, D)
+        for rows, some, slots, S, its_mask in mask:
+            x = tokens.flatten(0, 1)[some].unflatten(0, (rows, -1)).transpose(1, 2)
+            y.append(attend(x, k[slots, :, :S], v[slots, :, :S], None, its_mask, float32).transpose(1, 2).flatten(0, 1))
+        return torch.cat(y).view(tokens.shape).transpose(1, 2)
     if q.dtype != torch.float32:
         trained = mask is None and (q.requires_grad or k.requires_grad or v.requires_grad)
         if trained and (float32 or device_of(q.device).float32_backward):

@@ -8,12 +8,12 @@ costs the work of one token instead of T tokens. The cache takes, in bytes a tok
                                                              Llama 3.2 1B    2 * 16 * 8 * 64 * 2   =  33 kB
 
 The cache has slots, one for each conversation, and each slot has its own length. A forward reads all weights once, for one
-row or for eight. So rows that share a forward share its cost. Rows may join and leave between any two forwards
+token or for eight. So texts that share a forward share its cost. They may join and leave between any two forwards
 (continuous batching: Yu et al., "Orca", OSDI 2022):
 
-    slot 0    t t t t t t . .    6 tokens      one forward can give slot 0 one token, and slot 2 the first four of a
-    slot 1    . . . . . . . .    free          prompt: cache.rows([0, 2], [1, 4]). Row 0 has three tokens of padding on its
-    slot 2    . . . . . . . .    free          right, which no token ever sees.
+    slot 0    t t t t t t . .    6 tokens      one forward of 5 tokens in one row, (1, 5), can give slot 0 one token, and
+    slot 1    . . . . . . . .    free          slot 2 the first four of a prompt: cache.rows([0, 2], [1, 4]). Only
+    slot 2    . . . . . . . .    free          attention goes text by text, so there is no padding to compute.
 
 All slots have room for max_length tokens, used or not: slots * max_length * the bytes above. SmolLM2-135M in float32
 (46 kB a token), 8 slots of 512 tokens: 189 MB.
@@ -24,6 +24,17 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+
+
+def seen(starts: list[int], n: int, S: int, device) -> Tensor | None:
+    """The mask (rows, 1, n, S) of rows that add n tokens each to `starts` earlier ones. None where causal attention is right.
+
+    Token t of row b sees the places s <= starts[b] + t.
+    """
+    if max(starts) == 0 or n == 1 and min(starts) == max(starts):
+        return None
+    at = torch.tensor(starts, device=device)[:, None] + torch.arange(n, device=device)
+    return torch.arange(S, device=device) <= at[:, None, :, None]
 
 
 class KVCache:
@@ -44,9 +55,10 @@ class KVCache:
         return max(self.lengths, default=0)
 
     def rows(self, slots: list[int], counts: list[int]) -> "KVCache":
-        """The same memory, for one forward: its row b adds counts[b] tokens to slot slots[b], and the rest is padding.
+        """The same memory, for one forward of (1, sum(counts)) ids: first counts[0] tokens for slot slots[0], and so on.
 
-        Neighbouring slots in order, such as [2, 3, 4], are read where they are. Others are copied for each layer.
+        Texts that get one token each share a call of attention where they stand side by side, in slots that are neighbours
+        in order, such as [2, 3, 4].
         """
         if len(set(slots)) < len(slots) or len(slots) != len(counts) or min(counts) < 1:
             raise ValueError(f"slots {slots} must be different, and each needs a count of at least 1, not {counts}")
@@ -55,38 +67,36 @@ class KVCache:
         return view
 
     def starts(self, B: int) -> list[int]:
-        """The length of each row's slot before the forward."""
+        """The length of each text's slot before the forward."""
         if not self.lengths:
             self.lengths += [0] * B
-        slots = self.slots or range(len(self.lengths))
-        if len(slots) != B:
-            raise ValueError(f"a forward of {B} rows for {len(slots)} slots of the KV cache")
-        return [self.lengths[s] for s in slots]
+        if self.slots is None and len(self.lengths) != B:
+            raise ValueError(f"a forward of {B} rows for {len(self.lengths)} slots of the KV cache")
+        return [self.lengths[s] for s in self.slots or range(B)]
 
     def positions(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> the position of each, (B, T). That of padding exists in the model too, and has no meaning."""
+        """Token ids (B, T) -> the position of each, (B, T)."""
         B, T = ids.shape
-        start = torch.tensor(self.starts(B), device=ids.device)[:, None]
-        return (start + torch.arange(T, device=ids.device)).clamp(max=self.max_length - 1)
+        counts = self.counts or [T] * B
+        places = [a + t for a, n in zip(self.starts(B), counts) for t in range(n)]
+        if len(places) != ids.numel():
+            raise ValueError(f"{ids.numel()} ids, but the slots of the KV cache get {counts}")
+        return torch.tensor(places, device=ids.device).view(B, T)
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append k, v (B, K, T, D). Returns k and v of each row's tokens so far, (B, K, S, D), and the mask for `attend`.
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list]:
+        """Append k, v (B, K, T, D). Returns k and v of all slots, (slots, K, max_length, D), and the texts for `attend`.
 
-        S: the length of the longest row. Raises ValueError for more than max_length tokens.
+        Raises ValueError for more than max_length tokens.
         """
         if layer == 0:
-            self.plan(*k.shape[::2], k.device)
+            self.plan(k.shape[0], k.shape[2], k.device)
         self.allocate(layer, k)
         for kept, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self.source is None:
-                kept[self.index, :, self.longest - new.shape[2]:self.longest] = new
-            else:
-                row, t = self.source
-                kept[self.target[0], :, self.target[1]] = new[row, :, t]
+            kept[self.target[0], :, self.target[1]] = new.transpose(1, 2).flatten(0, 1)  # (B * T, K, D)
         if layer == self.n_layer - 1:  # the tokens count when every layer has added them
             for slot, end in self.ends.items():
                 self.lengths[slot] = end
-        return self.k[layer][self.index, :, :self.longest], self.v[layer][self.index, :, :self.longest], self.mask
+        return self.k[layer], self.v[layer], self.texts
 
     def allocate(self, layer: int, like: Tensor):
         """Make room for a layer's k and v, if it has none, for heads as in `like` (..., K, T, D)."""
@@ -106,30 +116,32 @@ class KVCache:
             self.k[layer][slot, :, :k.shape[1]], self.v[layer][slot, :, :k.shape[1]] = k, v
 
     def plan(self, B: int, T: int, device):
-        """What all layers of a forward share: where its tokens go, and what each of them sees."""
-        start, slots, counts = self.starts(B), self.slots or list(range(len(self.lengths))), self.counts or [T] * B
+        """What all layers of a forward share: where its tokens go, and which calls of attention it needs.
+
+        texts: a list of (rows, tokens, slots, S, mask). The queries of `tokens`, as (rows, H, tokens / rows, D), see the first
+        S places of `slots`, as far as the mask says.
+        """
+        slots, counts, start = self.slots or list(range(B)), self.counts or [T] * B, self.starts(B)
         self.ends = {slot: a + n for slot, a, n in zip(slots, start, counts)}
-        self.longest = max(self.ends.values())
-        if max(counts) != T:
-            raise ValueError(f"rows of {T} tokens, padding included, but the longest of {counts} is another")
-        if self.longest > self.max_length:
-            raise ValueError(f"the KV cache has room for {self.max_length} tokens, not for {self.longest}")
-        neighbours = slots == list(range(slots[0], slots[0] + B))
-        self.index = slice(slots[0], slots[0] + B) if neighbours else torch.tensor(slots, device=device)
-        self.source = self.mask = None
-        if min(start) < max(start):  # else all rows write to the same places of their slots (padding is overwritten later)
-            self.source = torch.tensor([(b, t) for b in range(B) for t in range(counts[b])], device=device).T
-            self.target = torch.tensor([(s, a + t) for s, a, n in zip(slots, start, counts) for t in range(n)],
-                                       device=device).T
-        if max(start) > 0 and (T > 1 or min(start) < max(start)):  # position t of row b sees s <= start[b] + t
-            at = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)
-            self.mask = torch.arange(self.longest, device=device) <= at[:, None, :, None]  # (B, 1, T, S)
+        if max(self.ends.values()) > self.max_length:
+            raise ValueError(f"the KV cache has room for {self.max_length} tokens, not for {max(self.ends.values())}")
+        self.target = torch.tensor([(slot, a + t) for slot, a, n in zip(slots, start, counts) for t in range(n)],
+                                   device=device).T
+        self.texts, at, b = [], 0, 0
+        while b < len(slots):
+            end = b + 1
+            while counts[b] == 1 and end < len(slots) and counts[end] == 1 and slots[end] == slots[end - 1] + 1:
+                end += 1
+            n, S = (end - b) * counts[b], max(self.ends[slot] for slot in slots[b:end])
+            self.texts.append((end - b, slice(at, at + n), slice(slots[b], slots[b] + end - b), S,
+                               seen(start[b:end], counts[b], S, device)))
+            at, b = at + n, end
 
     def release(self, slot: int):
         """Forget a slot's tokens: another conversation can have it. A nan that it holds must not reach that one."""
         for x in (*self.k, *self.v):
             if x is not None:
-                x[slot] = 0  # all of it: padding may lie beyond its length
+                x[slot, :, :self.lengths[slot]] = 0
         self.lengths[slot] = 0
 
     def move(self, slot: int, to: int):

@@ -4,6 +4,8 @@ The options and their order are those of transformers, whose logits processors g
 
     repetition_penalty   a token that the text has already becomes less likely: its logit is divided by the penalty, or
                          multiplied if it is negative (CTRL, arXiv:1909.05858, section 4.1)
+    presence_penalty     is taken from the logit of a token that the reply has already, and frequency_penalty once for each
+                         time that it has it (OpenAI's API; not in transformers). logit_bias is added
     temperature          below 1, likely tokens become more likely; 0 takes the most likely one
     top_k                only the k most likely tokens, and those that are as likely as the last of them
                          (arXiv:1805.04833, section 5.4); 0: all
@@ -20,12 +22,21 @@ from errors import UserError
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator, top_k: int = 0, min_p: float = 0.0,
-           repetition_penalty: float = 1.0, seen=()) -> int:
-    """logits (V,) -> a token id. seen: the ids of the text so far, prompt and reply, for the repetition penalty."""
+           repetition_penalty: float = 1.0, seen=(), new=(), presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
+           logit_bias: dict[int, float] | None = None) -> int:
+    """logits (V,) -> a token id. seen: the ids of the text so far, prompt and reply, for the repetition penalty; new: those
+    of the reply alone, for the other two. logit_bias: what is added to the logits of some ids."""
+    logits = logits.float()
     if repetition_penalty != 1 and len(seen):
-        seen, logits = torch.tensor(seen, device=logits.device), logits.float().clone()
+        seen, logits = torch.tensor(seen, device=logits.device), logits.clone()
         x = logits[seen]
         logits[seen] = torch.where(x < 0, x * repetition_penalty, x / repetition_penalty)
+    if (presence_penalty or frequency_penalty) and new:
+        counts = torch.bincount(torch.tensor(new, device=logits.device), minlength=len(logits))
+        logits = logits - frequency_penalty * counts - presence_penalty * (counts > 0)
+    if logit_bias:
+        ids, added = torch.tensor(list(logit_bias)), torch.tensor([float(x) for x in logit_bias.values()])
+        logits = logits.index_add(0, ids.to(logits.device), added.to(logits.device))
     if temperature < 1e-5:  # (logits / temperature must not overflow)
         return int(logits.argmax())
     p, order = candidates(logits, temperature, top_p, top_k, min_p)
@@ -48,8 +59,10 @@ def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int = 0,
 
 
 def check(max_new_tokens: int, temperature: float, top_p: float, seed: int, top_k: int = 0, min_p: float = 0.0,
-          repetition_penalty: float = 1.0):
-    """Raise UserError for an option out of its range. (nan is in no range.)"""
+          repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
+          logit_bias: dict[int, float] | None = None):
+    """Raise UserError for an option out of its range. (nan is in no range.) The last three are fields of a request only, and
+    serving/fields.py checks them."""
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UserError(f"--temperature {temperature} must not be negative or infinite, --top-p {top_p} must be in (0, 1]")
     if max_new_tokens < 0 or not 0 <= seed < 2**32:

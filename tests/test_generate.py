@@ -113,12 +113,12 @@ def test_a_row_sees_what_it_sees_alone(model):
 
     def forward(**pieces):
         slots, counts = [int(s[1:]) for s in pieces], list(pieces.values())
-        ids = torch.randint(4096, (len(slots), max(counts)), generator=rng)
+        ids = torch.randint(4096, (1, sum(counts)), generator=rng)
         logits = model(ids, cache=cache.rows(slots, counts))
-        for row, (slot, n) in enumerate(zip(slots, counts)):
+        for slot, its_ids, its_logits in zip(slots, ids[0].split(counts), logits[0].split(counts), strict=True):
             before = len(held.setdefault(slot, []))
-            held[slot] += ids[row, :n].tolist()
-            near(logits[row, :n], alone(model, held[slot])[before:])
+            held[slot] += its_ids.tolist()
+            near(its_logits, alone(model, held[slot])[before:])
             assert cache.lengths[slot] == len(held[slot])
 
     forward(s1=9)
@@ -138,15 +138,15 @@ def test_a_row_sees_what_it_sees_alone(model):
 
 
 @torch.no_grad()
-def test_a_row_may_fill_its_slot_beside_a_longer_piece(model):
-    """Row 0 gets position 127, the last that the model has, and 7 tokens of padding, whose positions do not exist."""
+def test_a_text_may_fill_its_slot_beside_a_longer_piece(model):
+    """Slot 0 gets position 127, the last that the model has, in a forward of 9 tokens."""
     ids = torch.randint(4096, (1, 128), generator=torch.Generator().manual_seed(2))
     cache = KVCache(model.config, 128, 2)
     model(ids[:, :127], cache=cache.rows([0], [127]))
-    two = torch.cat([ids[:, 127:].expand(1, 8), ids[:, :8]])
-    logits = model(two, cache=cache.rows([0, 1], [1, 8]))
-    near(logits[0, :1], alone(model, ids[0].tolist())[127:])
-    near(logits[1], alone(model, ids[0, :8].tolist()))
+    two = torch.cat([ids[:, 127:], ids[:, :8]], 1)
+    logits = model(two, cache=cache.rows([0, 1], [1, 8]))[0]
+    near(logits[:1], alone(model, ids[0].tolist())[127:])
+    near(logits[1:], alone(model, ids[0, :8].tolist()))
 
 
 @torch.no_grad()
@@ -156,11 +156,12 @@ def test_a_damaged_row_harms_no_other(model):
     cache = KVCache(model.config, 20, 2)
     model(torch.cat([ids, ids], 1), cache=cache.rows([0], [12]))
     for x in cache.v + cache.k:
-        x[0] = math.nan
+        x[0, :, :12] = math.nan
     cache.release(0)
     model(ids, cache=cache.rows([1], [6]))
-    logits = model(ids[:, :3].expand(2, 3), cache=cache.rows([0, 1], [3, 3]))
-    near(logits[0], alone(model, PROMPTS[0][:3]))
+    model(ids[:, :2], cache=cache.rows([0], [2]))
+    logits = model(ids[:, 2:4], cache=cache.rows([0, 1], [1, 1]))[0]  # both see 7 places
+    near(logits[:1], alone(model, PROMPTS[0][:3])[2:])
 
 
 def test_the_cache_refuses_what_it_cannot_hold(folders):
@@ -168,8 +169,8 @@ def test_the_cache_refuses_what_it_cannot_hold(folders):
     for slots, counts in (([0, 0], [1, 1]), ([0], [1, 2]), ([0, 1], [1, 0])):
         with pytest.raises(ValueError, match="must be different"):
             KVCache(model.config, 8, 2).rows(slots, counts)
-    for ids, counts, says in ((torch.zeros(2, 9), [9, 1], "room for 8"), (torch.zeros(2, 3), [2, 2], "3 tokens, padding"),
-                              (torch.zeros(3, 2), [2, 2], "3 rows for 2 slots")):
+    for ids, counts, says in ((torch.zeros(1, 10), [9, 1], "room for 8"), (torch.zeros(1, 3), [2, 2], "3 ids, but"),
+                              (torch.zeros(1, 5), [2, 2], "5 ids, but")):
         with pytest.raises(ValueError, match=says), torch.no_grad():
             model(ids.long(), cache=KVCache(model.config, 8, 2).rows([0, 1], counts))
 
@@ -178,7 +179,10 @@ def test_the_cache_refuses_what_it_cannot_hold(folders):
 def test_a_step_takes_the_last_of_each_rows_tokens(model):
     ids = [PROMPTS[0], PROMPTS[1], PROMPTS[3]]
     for row, logits in zip(ids, generate.step(model, KVCache(model.config, 9, 3), [0, 1, 2], ids), strict=True):
-        near(logits, alone(model, row)[-1])
+        near(logits, alone(model, row)[-1:])
+    first, middle, last = generate.step(model, KVCache(model.config, 9, 3), [0, 1, 2], ids, whole={1})
+    near(middle, alone(model, ids[1]))
+    assert len(first) == len(last) == 1
 
 
 # ---------------------------------------------------------------------------------------------- replies
@@ -221,7 +225,7 @@ def test_16_bit_rows_differ_by_rounding_only(family, bits, folders):
     cache = KVCache(model.config, 40, len(PROMPTS))
     for slot, ids in enumerate(PROMPTS):
         generate.step(model, cache, [slot], [ids])
-    together = generate.step(model, cache, list(range(len(PROMPTS))), [[8]] * len(PROMPTS)).float()
+    together = torch.cat(generate.step(model, cache, list(range(len(PROMPTS))), [[8]] * len(PROMPTS))).float()
     for row, ids in zip(together, PROMPTS):
         cache = KVCache(model.config, 40, 1)
         generate.step(model, cache, [0], [ids])
@@ -231,7 +235,7 @@ def test_16_bit_rows_differ_by_rounding_only(family, bits, folders):
 def test_replies_join_as_others_leave(folders, monkeypatch):
     model, rows = weights.load(folders["gpt2"]).train(), []
     step = generate.step
-    monkeypatch.setattr(generate, "step", lambda m, cache, slots, ids: rows.append(len(ids)) or step(m, cache, slots, ids))
+    monkeypatch.setattr(generate, "step", lambda m, c, slots, *more: rows.append(len(slots)) or step(m, c, slots, *more))
     replies = [generate.Reply(model.config, ids, max_new_tokens=n) for ids, n in zip(PROMPTS, (2, 9, 3, 3, 0))]
     assert sum(1 for _ in generate.run(model, replies, 2)) == 17 == sum(rows) and model.training
     assert rows == [1, 1, 2, 1, 2, 2, 1, 2, 2, 1, 1, 1]

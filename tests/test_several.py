@@ -364,7 +364,7 @@ def answer(place, capsys, text, name, *words):
 @pytest.mark.parametrize("raw", [[], ["--raw"]])
 def test_each_adapter_answers_a_prompt(raw, place, capsys, monkeypatch):
     rows, step = [], generate.step
-    monkeypatch.setattr(generate, "step", lambda m, cache, slots, ids: rows.append(len(ids)) or step(m, cache, slots, ids))
+    monkeypatch.setattr(generate, "step", lambda m, c, slots, *more: rows.append(len(slots)) or step(m, c, slots, *more))
     run(place, "--prompt", "One two", *raw, adapters="bca")
     assert rows == [1] * 3 + [3] * 5  # three prompts, and then one batch
     said = capsys.readouterr().out

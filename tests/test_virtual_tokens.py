@@ -214,10 +214,10 @@ def test_a_prompt_in_pieces_and_rows_that_begin_together(method, folders):
     cache = KVCache(model.config, 20, 3)
     model(IDS[:1, :4], cache=cache.rows([2], [4]))
     assert cache.lengths == [0, 0, N + 4]
-    ids = torch.stack([IDS[0, :6], IDS[1, :6], IDS[0, 4:10]])
-    found = model(ids, cache=cache.rows([0, 1, 2], [6, 5, 6]))
-    for row, text, n in zip(found, (IDS[0, :6], IDS[1, :5], IDS[0, :10]), (6, 5, 6)):
-        torch.testing.assert_close(row[:n], model(text[None])[0, -n:], rtol=0, atol=1e-4)
+    ids = torch.cat([IDS[0, :6], IDS[1, :5], IDS[0, 4:10]])
+    found = model(ids[None], cache=cache.rows([0, 1, 2], [6, 5, 6]))[0].split([6, 5, 6])
+    for logits, text in zip(found, (IDS[0, :6], IDS[1, :5], IDS[0, :10])):
+        torch.testing.assert_close(logits, model(text[None])[0, -len(logits):], rtol=0, atol=1e-4)
     assert cache.lengths == [N + 6, N + 5, N + 10]
 
 
