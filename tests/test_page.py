@@ -1,6 +1,6 @@
 """The server's page: what its source must not hold, and the page itself in headless Chromium, against a stub of the server.
 
-The stub answers on 127.0.0.1 with what a test puts into it, piece by piece, so a test can look at a reply that is half there.
+The stub answers on 127.0.0.1 with what a test puts into it, piece by piece, so a test sees a reply that is half there.
 """
 import json
 import re
@@ -324,8 +324,8 @@ def test_marks_without_end_take_no_time(visit):
     page = visit()
     texts = ["*a " * 8000, "`" * 9000, "[" * 9000, "> " * 5000 + "x", "_" * 9000, "**a" * 5000, "- " * 5000, "|-" * 9000,
              "1. x\n" * 3000, "https://a(" * 2000, "[a](https://" * 2000, "\\" * 9000, "# " * 9000, "|a|\n|-|\n" * 2000]
-    times = page.evaluate("texts => texts.map(t => { const s = performance.now(); markdown(t); return performance.now() - s; })",
-                          texts)
+    times = page.evaluate("""texts => texts.map((text) => {
+        const start = performance.now(); markdown(text); return performance.now() - start; })""", texts)
     assert max(times) < 500, dict(zip([t[:8] for t in texts], times))
 
 
@@ -514,8 +514,10 @@ def test_without_votes_the_names_are_shown_on_request(visit, stub):
 
 # ---------------------------------------------------------------------------------------------- speech
 
-NO_SPEECH = "for (const x of ['speechSynthesis', 'SpeechSynthesisUtterance', 'SpeechRecognition', 'webkitSpeechRecognition'])" \
-            " { delete window[x]; Object.defineProperty(window, x, {value: undefined}); }"
+NO_SPEECH = """
+for (const name of ["speechSynthesis", "SpeechSynthesisUtterance", "SpeechRecognition", "webkitSpeechRecognition"])
+  Object.defineProperty(window, name, {value: undefined});
+"""
 SPEECH = """
 window.said = [];
 window.SpeechSynthesisUtterance = class { constructor(text) { this.text = text; } };
@@ -597,8 +599,8 @@ def test_every_control_has_a_name_and_replies_are_not_live(visit):
     page = visit()
     page.check("#blind")
     reply_to(page, "Hello")
-    nameless = page.evaluate("""[...document.querySelectorAll("button, select, input, textarea")].filter(x =>
-        !(x.getAttribute("aria-label") || x.textContent.trim() || x.labels?.[0]?.textContent.trim())).map(x => x.outerHTML)""")
+    nameless = page.evaluate("""[...document.querySelectorAll("button, select, input, textarea")].filter((x) => !(
+        x.getAttribute("aria-label") || (x.labels?.[0] ?? x).textContent.trim())).map((x) => x.outerHTML)""")
     assert nameless == []
     assert page.locator("#conversation, .reply, .words").evaluate_all("xs => xs.every(x => !x.ariaLive)")
     assert page.locator("[aria-live=polite]").evaluate_all("xs => xs.map(x => x.id)") == ["announcer"]
@@ -621,16 +623,25 @@ def test_a_phone_has_no_horizontal_scrolling(visit, stub):
     assert page.locator(".composer").bounding_box()["height"] < 640 / 2
 
 
-CONTRASTS = """() => {
-  const rgb = (c) => c.match(/[\\d.]+/g).map(Number);
-  const light = (c) => { const [r, g, b] = rgb(c).map((x) => (x /= 255, x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4));
-                         return .2126 * r + .7152 * g + .0722 * b; };
-  const back = (x) => { for (; x; x = x.parentElement) { const c = getComputedStyle(x).backgroundColor; if (rgb(c)[3] !== 0) return c; }
-                        throw Error("no background"); };
-  const seen = [...document.body.querySelectorAll("*")].filter((x) => x.checkVisibility() && !x.closest(".unseen, script, noscript")
-    && ([...x.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || x.matches("input, select, textarea")));
-  return seen.map((x) => { const [a, b] = [light(getComputedStyle(x).color), light(back(x))];
-                           return [x.tagName + " " + x.className, (Math.max(a, b) + .05) / (Math.min(a, b) + .05)]; });
+CONTRASTS = """() => {  // WCAG 2.2, "contrast ratio" and "relative luminance"
+  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const linear = (x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  const luminance = (colour) => {
+    const [r, g, b] = numbers(colour).map((x) => linear(x / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    const colour = getComputedStyle(node).backgroundColor;
+    return numbers(colour)[3] === 0 ? behind(node.parentElement) : colour;
+  };
+  const hasText = (node) => node.matches("input, select, textarea")
+    || [...node.childNodes].some((n) => n.nodeType === Node.TEXT_NODE && n.data.trim());
+  return [...document.body.querySelectorAll("*")]
+    .filter((node) => hasText(node) && node.checkVisibility() && !node.closest(".unseen, script, noscript"))
+    .map((node) => {
+      const [a, b] = [luminance(getComputedStyle(node).color), luminance(behind(node))];
+      return [`${node.tagName} ${node.className}`, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)];
+    });
 }"""
 
 
