@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -142,9 +143,10 @@ class Stub:
                 return
             whole = piece if isinstance(piece, dict) else {"choices": [{"delta": {"content": piece}, "finish_reason": None}]}
             event = f"data: {json.dumps(whole, ensure_ascii=False)}\n\n".encode()
-            for part in (event[:len(event) // 2], event[len(event) // 2:]):  # an event, even a character, may come in two
-                h.wfile.write(part)
-                h.wfile.flush()
+            cut = next((i + 1 for i, byte in enumerate(event) if byte > 127), len(event) // 2)
+            h.wfile.write(event[:cut])  # an event, even a character, may come in two pieces
+            time.sleep(0.05 if event[cut - 1] > 127 else 0)
+            h.wfile.write(event[cut:])
         usage = {"prompt_tokens": 3, "completion_tokens": 21, "total_tokens": 24}
         for last in ({"choices": [{"delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": usage}):
             h.wfile.write(f"data: {json.dumps(last)}\n\n".encode())
@@ -345,6 +347,14 @@ def test_stop_ends_the_request_and_keeps_the_part(visit, stub):
 
 
 @pytest.mark.clients
+def test_a_short_or_empty_reply_says_why(visit, stub):
+    page = visit()
+    stub.answers = [[], ["Once upon", {"choices": [{"delta": {}, "finish_reason": "length"}]}]]
+    assert reply_to(page, "Hello").inner_text() == "The reply is empty."
+    assert reply_to(page, "Hello").inner_text().split("\n")[-1] == "Cut at the limit of tokens."
+
+
+@pytest.mark.clients
 def test_turns_settings_and_regenerate(visit, stub):
     page = visit()
     stub.answers = [["First."], ["Second."], ["Third."]]
@@ -377,7 +387,7 @@ def test_a_new_chat_ends_the_reply_that_is_made(visit, stub):
     say(page, "Hello")
     expect(page.locator(".words")).to_contain_text("A part")
     page.click("#new")
-    assert stub.left.wait(3)
+    assert stub.left.wait(3) and page.locator("#announcer").text_content() == ""
     assert reply_to(page, "Again").inner_text() == "I am gpt2-nano."
     assert len(stub.asked[1]["messages"]) == 1 and page.locator(".error").count() == 0
 
