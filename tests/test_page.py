@@ -78,7 +78,7 @@ class Stub:
 
     def reset(self):
         self.asked, self.votes, self.paths, self.answers = [], [], [], []
-        self.models, self.votes_on, self.key = ["gpt2-nano", "support", "poet"], True, None
+        self.models, self.votes_on, self.votes_fail, self.key = ["gpt2-nano", "support", "poet"], True, False, None
         self.left = threading.Event()  # a client has gone away in the middle of a stream
 
     def send(self, h, status, body=b"", kind="application/json", **headers):
@@ -118,6 +118,8 @@ class Stub:
         if self.forbidden(h):
             return
         if h.path == "/votes":
+            if self.votes_fail:
+                return self.refuse(h, 500, "the disk is full")
             self.votes.append(body)
             return self.send(h, 204)
         self.asked.append(body)
@@ -453,33 +455,46 @@ def compare(page, words="Who are you?"):
 
 
 @pytest.mark.clients
-@pytest.mark.parametrize("coin, first", [(0.2, "gpt2-nano"), (0.8, "poet")])
-@pytest.mark.parametrize("choice", ["Reply 1", "Reply 2", "Tie"])
-def test_a_blind_vote_names_the_right_model(visit, stub, coin, first, choice):
-    go = threading.Event()
-    stub.answers = [["This ", go, "one."], ["That ", go, "one."]]
+@pytest.mark.parametrize("coin, names", [(0.2, ["gpt2-nano", "poet"]), (0.8, ["poet", "gpt2-nano"])])
+def test_a_blind_vote_names_the_right_model(visit, stub, coin, names):
     page = visit(f"Math.random = () => {coin};")
-    compare(page)
-    expect(page.locator(".words")).to_have_text([re.compile("This|That")] * 2)
-    expect(page.get_by_role("button", name=choice)).to_have_count(0)  # no vote on half a reply
-    go.set()
-    button = page.get_by_role("button", name=choice, exact=True)
-    expect(button).to_be_visible()
-    hidden = page.locator("#conversation").inner_html() + page.locator("#announcer").inner_html()
-    assert "gpt2-nano" not in hidden and "poet" not in hidden
-    texts = page.locator(".words").all_inner_texts()
-    with page.expect_response("**/votes"):
-        button.click()
-    second = {"gpt2-nano": "poet", "poet": "gpt2-nano"}[first]
-    expect(page.locator(".reply h3")).to_have_text([f"Reply 1: {first}", f"Reply 2: {second}"])
-    expect(page.get_by_role("button", name=choice, exact=True)).to_have_count(0)
-    expect(page.locator(".foot p")).to_be_focused()
-    said = dict(zip([first, second], texts))
     letter = {"gpt2-nano": "a", "poet": "b"}
-    assert stub.votes == [{"prompt": "Who are you?", "a": "gpt2-nano", "b": "poet",
-                           "replies": {"a": said["gpt2-nano"], "b": said["poet"]},
-                           "vote": {"Reply 1": letter[first], "Reply 2": letter[second], "Tie": "tie"}[choice]}]
-    assert sorted(body["model"] for body in stub.asked) == ["gpt2-nano", "poet"]
+    for choice, right in (("Reply 1", letter[names[0]]), ("Reply 2", letter[names[1]]), ("Tie", "tie")):
+        go = threading.Event()
+        stub.answers = [["This ", go, "one."], ["That ", go, "one."]]
+        compare(page)
+        exchange, conversation = page.locator(".exchange").last, page.locator("#conversation")
+        button, words = exchange.get_by_role("button", name=choice, exact=True), exchange.locator(".words")
+        expect(words).to_have_text([re.compile("This|That")] * 2)
+        expect(button).to_have_count(0)  # no vote on half a reply
+        go.set()
+        expect(button).to_be_visible()
+        for place in (exchange, page.locator("#announcer")):
+            assert not re.search("gpt2-nano|poet", place.inner_html())
+        said = dict(zip(names, words.all_inner_texts()))
+        with page.expect_response("**/votes"):
+            button.click()
+        expect(exchange.locator("h3")).to_have_text([f"Reply {i + 1}: {name}" for i, name in enumerate(names)])
+        expect(button).to_have_count(0)
+        expect(exchange.locator(".foot p").last).to_be_focused()
+        assert stub.votes[-1] == {"prompt": "Who are you?", "a": "gpt2-nano", "b": "poet", "vote": right,
+                                  "replies": {"a": said["gpt2-nano"], "b": said["poet"]}}
+    assert len(stub.votes) == 3 and conversation.locator(".error").count() == 0
+    assert sorted(body["model"] for body in stub.asked) == ["gpt2-nano"] * 3 + ["poet"] * 3
+
+
+@pytest.mark.clients
+def test_a_vote_that_was_not_kept_can_be_sent_again(visit, stub):
+    page = visit()
+    stub.votes_fail = True
+    compare(page)
+    page.get_by_role("button", name="Tie").click()
+    expect(page.get_by_role("alert").locator("p")).to_have_text("the disk is full")
+    stub.votes_fail = False
+    with page.expect_response("**/votes"):
+        page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    assert len(stub.votes) == 1
 
 
 @pytest.mark.clients
