@@ -13,6 +13,7 @@
                         the CPU, PyTorch's own code (some 300 MB), and memory that the C library keeps for reuse. RSS is
                         what must fit into the host's memory.
 """
+import os
 import sys
 import weakref
 from collections import deque
@@ -196,6 +197,15 @@ class Ledger(TorchDispatchMode):
 
 
 # ---------------------------------------------------------------------------------------------- RSS and allocated
+
+def rss() -> int:
+    """This process's RSS now, in bytes. Where the operating system has no /proc, its peak."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return rss_peak() or 0
+
 
 def rss_peak() -> int | None:
     """The peak of this process's RSS so far, in bytes. None where the operating system does not tell (Windows)."""

@@ -245,6 +245,12 @@ def add(model: nn.Module, name: str, folder):
     several.add(model, name, read(model, folder))
 
 
+def can_share(folder) -> bool:
+    """Whether `add` takes the adapter in `folder`: a LoRA that starts from zero, and no DoRA. Raises UserError."""
+    return (method_files.method_of(folder) == "lora" and trained_with(folder)[0] == "default" and
+            not read_adapter_config(Path(folder) / "adapter_config.json").use_dora)
+
+
 def restore_base(model: nn.Module, init: str):
     """Set the base weights with which the model's adapters were trained. The adapters come from a file. Raises UserError."""
     model.lora_init = init

@@ -27,7 +27,7 @@ from errors import UserError
 
 
 def seen(starts: list[int], n: int, S: int, device) -> Tensor | None:
-    """The mask (rows, 1, n, S) of rows that add n tokens each to `starts` earlier ones. None where causal attention is right.
+    """The mask (rows, 1, n, S) of rows that add n tokens each to `starts` earlier ones. None: causal attention is right.
 
     Token t of row b sees the places s <= starts[b] + t.
     """
@@ -48,6 +48,11 @@ class KVCache:
         self.n_layer, self.lengths = config.n_layer, [0] * slots
         self.k, self.v = [None] * config.n_layer, [None] * config.n_layer  # each (slots, K, max_length, D)
         self.slots = self.counts = None  # all slots, and no padding
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, once `allocate` has made it."""
+        return sum(x.nbytes for x in (*self.k, *self.v) if x is not None)
 
     @property
     def length(self) -> int:
@@ -118,8 +123,8 @@ class KVCache:
     def plan(self, B: int, T: int, device):
         """What all layers of a forward share: where its tokens go, and which calls of attention it needs.
 
-        texts: a list of (rows, tokens, slots, S, mask). The queries of `tokens`, as (rows, H, tokens / rows, D), see the first
-        S places of `slots`, as far as the mask says.
+        texts: a list of (rows, tokens, slots, S, mask). The queries of `tokens`, as (rows, H, tokens / rows, D), see the
+        first S places of `slots`, as far as the mask says.
         """
         slots, counts, start = self.slots or list(range(B)), self.counts or [T] * B, self.starts(B)
         self.ends = {slot: a + n for slot, a, n in zip(slots, start, counts)}

@@ -10,16 +10,17 @@ import pytest
 from conftest import ROOT, make_data, make_folder
 
 MODELS = {"gpt2", "llama", "phi"}
-COMMANDS = {"train", "generate", "export"}
+COMMANDS = {"train", "generate", "serve", "export"}
 # Floors, the lowest first. A file imports from its own floor and from those below.
 FLOORS = [{"errors", "terminal"}, {"techniques"}, {*MODELS, "lora", "memory"}, {"methods"}, {"files"}, {"data"}, {"run"},
-          {"ledger"}, COMMANDS, {"bench"}]
-# Few files import from a command: train.py takes generate.py's sampling, the prediction and the bench of a GPU run the
+          {"ledger"}, {"serving"}, COMMANDS, {"bench"}]
+# Few files import from a command: train.py and the server take generate.py's sampling, the prediction and the bench of a GPU run the
 # training step, the fault campaign whole commands.
-FROM_COMMANDS = {("train", "generate"), ("ledger.predict", "train"), ("bench.gpu_claims", "train"),
+FROM_COMMANDS = {("train", "generate"), ("serve", "generate"), ("serving.engine", "generate"),
+                 ("ledger.predict", "train"), ("bench.gpu_claims", "train"),
                  ("bench.fault_base", "train"), ("bench.faults", "train"), ("bench.faults", "generate"),
                  ("bench.methods", "train")}
-FOLDERS = {"techniques", "methods", "files", "run", "ledger", "bench"}
+FOLDERS = {"techniques", "methods", "files", "run", "ledger", "serving", "bench"}
 CORE = ("train", "gpt2", "lora", "techniques.loss", "techniques.recompute", "techniques.attention")
 
 SOURCES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f

@@ -1,0 +1,517 @@
+"""Serve a model and its adapters to programs that speak OpenAI's API, and to a browser.
+
+    python serve.py --model M --adapter support=runs/a/best --adapter poems=runs/b/best
+    curl localhost:8000/v1/chat/completions -d '{"model": "support", "messages": [{"role": "user", "content": "Hello"}]}'
+    a browser at http://localhost:8000/       chat, and a blind comparison of two of them
+
+Many requests share each forward of the model, whatever adapters they ask for (serving/engine.py). This file is the way there
+and back: a request's fields are checked (serving/fields.py), its text becomes ids, the ids wait for the engine, and the
+engine's events become the answer (serving/answers.py). docs/serve.md lists the routes and the fields.
+
+Text becomes ids in one thread of its own, the model has another, and everything else is this thread's event loop.
+"""
+import argparse
+import asyncio
+import contextlib
+import datetime
+import hmac
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python -P` leaves it out
+    import terminal
+    terminal.start()
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+import data
+from errors import UserError
+from files import peft_files, weights
+from files.json_files import show
+from generate import Reply, named, recorded_bits, saved_template
+from ledger.hollow import Hollow, hollow_model
+from memory import count, human, rss
+from serving.answers import DONE, Answer, sse
+from serving.engine import Busy, Engine, Job, Late, Stopped
+from serving.fields import BadRequest, as_bad_request, check_ids, messages, options, prompts, read_json
+from techniques.device import device_of, usable_device
+
+MOST_BYTES = 8 * 2**20  # of a request's body
+PAGE = Path(__file__).resolve().parent / "serving" / "page.html"
+
+
+# ---------------------------------------------------------------------------------------------- the model and its adapters
+
+class Server:
+    """What the routes share: the engine, the tokenizer, who may do what."""
+
+    def __init__(self, args, model, tokenizer):
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        self.engine = Engine(model, args.slots, args.queue)
+        self.base = args.model if not Path(args.model).is_dir() else Path(args.model).resolve().name
+        self.alone = None  # the name of an adapter that cannot share the model: then the base is not served
+        self.templates = {None: data.load_template("auto", tokenizer)}  # of the base, and of adapters that have their own
+        self.started, self.reader = int(time.time()), ThreadPoolExecutor(1)  # a tokenizer serves one thread
+        self.loading = asyncio.Lock()
+
+    def add(self, name: str, folder: str):
+        """Load an adapter. For use in the engine's thread, or before it starts. Raises UserError."""
+        if name == self.base:
+            raise UserError(f"adapter {name} has the name of the base model; give another name")
+        template = saved_template({name: folder})
+        self.engine.load(name, folder)
+        self.templates[name] = template or self.templates[None]
+
+    def only(self, name: str, folder: str):
+        """The one adapter of a method that cannot share a model (files/method_files.py). Raises UserError."""
+        peft_files.load(self.model, folder)
+        self.alone = name
+        self.templates[name] = saved_template({name: folder}) or self.templates[None]
+
+    def names(self) -> list[str]:
+        return [self.alone] if self.alone else [self.base, *self.engine.adapters]
+
+    def adapter(self, name: str | None):
+        """The adapter that a request names; None for the base model. Raises BadRequest."""
+        if name in (None, self.base, self.args.model, self.alone) and (not self.alone or name in (None, self.alone)):
+            return None
+        if name not in self.engine.adapters:
+            raise BadRequest(f"the model {show(name)} does not exist; there are {', '.join(self.names())}", "model", 404,
+                             "model_not_found")
+        return self.engine.adapters[name]
+
+    def template(self, adapter) -> str:
+        return self.templates[adapter.name if adapter else self.alone]
+
+    # ------------------------------------------------------------------------------------------ text -> ids
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """As generate.py --raw, but a special token's name in the text becomes this token: so a client can write a whole
+        chat itself."""
+        t = self.tokenizer
+        return ([t.specials[t.bos]] if bos and t.adds_bos else []) + t.encode(text, specials=True)
+
+    async def read(self, function, *args):
+        """function(*args) in the tokenizer's thread. Raises BadRequest for a UserError."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.reader, function, *args)
+        except UserError as e:
+            raise as_bad_request(e) from None
+
+    async def ids(self, body: dict, adapter, is_chat: bool) -> tuple[list[list[int]], list[str]]:
+        """The prompts of a request as ids, and the text of each, for `echo`. Raises BadRequest."""
+        if is_chat:
+            return [await self.read(data.prompt_ids, messages(body), self.template(adapter), self.tokenizer)], [""]
+        given = prompts(body, self.model.config.vocab_size)
+        ids = [await self.read(self.encode, p) if isinstance(p, str) else p for p in given]
+        return ids, [p if isinstance(p, str) else await self.read(self.tokenizer.decode, p) for p in given]
+
+    # ------------------------------------------------------------------------------------------ a request for replies
+
+    async def reply(self, request: Request, is_chat: bool) -> Response:
+        """/v1/chat/completions and /v1/completions."""
+        body = read_json(await read_body(request))
+        wanted = options(body, is_chat)
+        adapter = self.adapter(wanted.model)
+        prompt_ids, texts = await self.ids(body, adapter, is_chat)
+        events, loop = asyncio.Queue(), asyncio.get_running_loop()
+
+        def emit(number):
+            def put(event):
+                with contextlib.suppress(RuntimeError):  # the loop has ended before the engine
+                    loop.call_soon_threadsafe(events.put_nowait, (number, event))
+            return put
+
+        jobs, config, deadline = [], self.model.config, time.monotonic() + self.args.deadline
+        if any(i >= config.vocab_size for i in wanted.sampling["logit_bias"]):
+            raise BadRequest(f"logit_bias: the model has the token ids 0 to {config.vocab_size - 1}", "logit_bias")
+        try:
+            for ids in prompt_ids:
+                for choice in range(wanted.n):
+                    reply = Reply(config, ids, self.tokenizer, wanted.stop, max_new_tokens=config.n_positions
+                                  if wanted.max_new_tokens is None else wanted.max_new_tokens,
+                                  adapter=adapter and adapter.key, **wanted.of(choice))
+                    jobs.append(Job(reply, emit(len(jobs)), adapter, wanted.top, wanted.echo and wanted.top is not None,
+                                    deadline))
+        except UserError as e:
+            raise as_bad_request(e, "messages" if is_chat else "prompt") from None
+        said = [text if wanted.echo else "" for text in texts for _ in range(wanted.n)]
+        answer = Answer(jobs, wanted, wanted.model or self.names()[0], is_chat, self.tokenizer, said)
+        try:
+            self.engine.submit(jobs)
+        except KeyError:
+            self.adapter(wanted.model)  # it was unloaded meanwhile: says so
+            raise
+        if wanted.stream:
+            return StreamingResponse(self.stream(answer, events), media_type="text/event-stream",
+                                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        return await self.whole(answer, events, request)
+
+    async def whole(self, answer: Answer, events: asyncio.Queue, request: Request) -> Response:
+        left = len(answer.jobs)
+        try:
+            while left:
+                try:
+                    number, event = await asyncio.wait_for(events.get(), 0.5)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        return Response(status_code=499)  # nobody reads it
+                    continue
+                if event.error:
+                    raise event.error
+                answer.take(number, event)
+                left -= event.finish_reason is not None
+            return JSONResponse(answer.whole())
+        finally:
+            self.engine.cancel(answer.jobs)
+
+    async def stream(self, answer: Answer, events: asyncio.Queue):
+        left = len(answer.jobs)
+        try:
+            for chunk in answer.first():
+                yield chunk
+            while left:
+                try:
+                    number, event = await asyncio.wait_for(events.get(), self.args.keep_alive)
+                except TimeoutError:
+                    yield ": keep-alive\n\n"  # a comment: clients skip it, and proxies see that the connection lives
+                    continue
+                if event.error:
+                    yield sse(as_error(event.error).json()) + DONE
+                    return
+                answer.take(number, event)
+                if chunk := answer.piece(number, event):
+                    yield chunk
+                left -= event.finish_reason is not None
+            yield answer.last()
+        finally:  # also when the client has gone
+            self.engine.cancel(answer.jobs)
+
+
+async def read_body(request: Request) -> bytes:
+    """Raises BadRequest (413) for more than MOST_BYTES. It reads on first, or the client would see a broken connection."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= MOST_BYTES:
+            parts.append(part)
+        elif size > 64 * MOST_BYTES:
+            break
+    if size > MOST_BYTES:
+        raise BadRequest(f"the body has more than {human(MOST_BYTES)}", status=413, code="request_too_large")
+    return b"".join(parts)
+
+
+def as_error(e: Exception) -> BadRequest:
+    """An error of the engine -> the answer."""
+    if isinstance(e, BadRequest):
+        return e
+    if isinstance(e, Busy):
+        return BadRequest(str(e), status=429, code="rate_limit_exceeded", kind="rate_limit_error")
+    if isinstance(e, Stopped | Late):
+        return BadRequest(str(e), status=503, code="unavailable", kind="server_error")
+    return BadRequest(str(e) if isinstance(e, UserError | RuntimeError) else "the server failed; its terminal says why",
+                      status=500, code="internal_error", kind="server_error")
+
+
+# ---------------------------------------------------------------------------------------------- the routes
+
+def create_app(server: Server) -> FastAPI:
+    app, args = FastAPI(title="Bytewise", docs_url=None, redoc_url=None, openapi_url=None), server.args
+
+    @app.middleware("http")
+    async def guard(request: Request, go_on):
+        """Who may ask: a browser only from a page of this server, and everybody with the key."""
+        path = request.url.path
+        try:
+            origin = request.headers.get("origin")
+            if origin and origin.partition("://")[2] != request.headers.get("host"):
+                raise BadRequest(f"pages of {show(origin)} may not use this server", status=403, code="forbidden")
+            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+            if args.api_key and path not in ("/", "/health") and not hmac.compare_digest(given, args.api_key.encode()):
+                raise BadRequest("the API key is missing or wrong: send Authorization: Bearer KEY", status=401,
+                                 code="invalid_api_key", kind="authentication_error")
+        except BadRequest as e:
+            return JSONResponse(e.json(), e.status)
+        return await go_on(request)
+
+    async def on_error(request: Request, e: Exception) -> Response:
+        error = as_error(e)
+        return JSONResponse(error.json(), error.status, {"Retry-After": "2"} if error.status in (429, 503) else None)
+
+    for kind in (BadRequest, Busy, Stopped, Late, UserError, Exception):
+        app.add_exception_handler(kind, on_error)
+
+    async def on_status(request: Request, e: Exception) -> Response:
+        says = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} does not take {request.method}"}
+        return JSONResponse(BadRequest(says.get(e.status_code, str(e.detail)), status=e.status_code).json(), e.status_code)
+
+    for status in (404, 405):
+        app.add_exception_handler(status, on_status)
+
+    @app.get("/")
+    async def page():
+        return FileResponse(PAGE, media_type="text/html")
+
+    @app.get("/health")
+    async def health():
+        alive = server.engine.thread.is_alive()
+        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+
+    def card(name: str, root: str, parent: str | None) -> dict:
+        return {"id": name, "object": "model", "created": server.started, "owned_by": "bytewise", "root": root,
+                "parent": parent, "max_model_len": server.model.config.n_positions}
+
+    def cards() -> list[dict]:
+        if server.alone:
+            return [card(server.alone, args.model, None)]
+        return [card(server.base, args.model, None),
+                *(card(a.name, a.folder, server.base) for a in server.engine.adapters.values())]
+
+    @app.get("/v1/models")
+    async def models():
+        return {"object": "list", "data": cards()}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        server.adapter(name)
+        return next((c for c in cards() if c["id"] == name), cards()[0])
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request):
+        return await server.reply(request, is_chat=True)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request):
+        return await server.reply(request, is_chat=False)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request):
+        body = read_json(await read_body(request))
+        if isinstance(text := body.get("prompt"), str):
+            ids = await server.read(server.encode, text, body.get("add_special_tokens") is not False)
+        elif "messages" in body:
+            (ids,), _ = await server.ids(body, server.adapter(body.get("model")), is_chat=True)
+        else:
+            raise BadRequest("expected prompt, a string, or messages", "prompt")
+        return {"tokens": ids, "count": len(ids), "max_model_len": server.model.config.n_positions}
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request):
+        body = read_json(await read_body(request))
+        check_ids("tokens", body.get("tokens"), server.model.config.vocab_size)
+        return {"prompt": await server.read(server.tokenizer.decode, body["tokens"])}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info():
+        t = server.tokenizer
+        return {"tokenizer_class": type(t).__name__, "vocab_size": t.vocab_size, "bos_token": t.bos, "eos_token": t.eos,
+                "pad_token": t.eos, "add_bos_token": t.adds_bos, "model_max_length": server.model.config.n_positions,
+                "chat_template": server.template(None)}
+
+    @app.get("/metrics")
+    async def metrics():
+        return PlainTextResponse(prometheus(server.engine), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/votes")
+    async def votes():
+        return {"on": args.votes is not None}
+
+    @app.post("/votes")
+    async def vote(request: Request):
+        if args.votes is None:
+            raise BadRequest("votes are not kept: start serve.py with --votes FILE", status=404)
+        row = check_vote(read_json(await read_body(request)), server.names())
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with open(args.votes, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"time": now, **row}, ensure_ascii=False) + "\n")
+        return Response(status_code=204)
+
+    if args.allow_loading is not None:
+        @app.post("/v1/load_lora_adapter")
+        async def load_lora_adapter(request: Request):
+            body = read_json(await read_body(request))
+            name, folder = body.get("lora_name"), body.get("lora_path")
+            if not isinstance(name, str) or not isinstance(folder, str):
+                raise BadRequest("expected lora_name and lora_path, two strings")
+            place = below(Path(args.allow_loading), folder)
+            try:
+                await asyncio.wrap_future(server.engine.call(lambda: server.add(name, str(place))))
+            except UserError as e:
+                raise as_bad_request(e, "lora_path") from None
+            return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+        @app.post("/v1/unload_lora_adapter")
+        async def unload_lora_adapter(request: Request):
+            name = read_json(await read_body(request)).get("lora_name")
+            try:
+                await asyncio.wrap_future(server.engine.call(lambda: server.engine.unload(name)))
+            except (KeyError, TypeError):
+                raise BadRequest(f"no adapter is named {show(name)}; there are "
+                                 f"{', '.join(server.engine.adapters) or 'none'}", "lora_name", 404) from None
+            return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    return app
+
+
+def check_vote(body: dict, names: list[str]) -> dict:
+    """{"prompt", "a", "b", "replies": {"a", "b"}, "vote": "a" | "b" | "tie"}. Raises BadRequest."""
+    a, b, replies = body.get("a"), body.get("b"), body.get("replies")
+    if a not in names or b not in names or a == b:
+        raise BadRequest(f"a and b must be two of {', '.join(names)}", "a")
+    if body.get("vote") not in ("a", "b", "tie"):
+        raise BadRequest("vote must be a, b or tie", "vote")
+    texts = (body.get("prompt"), *(replies.get(x) if isinstance(replies, dict) else None for x in "ab"))
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRequest("prompt, replies.a and replies.b must be strings", "replies")
+    return {"prompt": texts[0], "a": a, "b": b, "replies": {"a": texts[1], "b": texts[2]}, "vote": body["vote"]}
+
+
+def below(folder: Path, path: str) -> Path:
+    """The folder that a request may name: below `folder`, without `..` and links on the way. Raises BadRequest."""
+    if "\0" in path or ".." in Path(path).parts or not (place := folder / path).is_relative_to(folder):
+        raise BadRequest(f"lora_path {show(path)} is not below the folder of --allow-loading", "lora_path", 403)
+    steps = [place, *place.parents]
+    if any(p.is_symlink() for p in (*steps[:steps.index(folder)], *(place.iterdir() if place.is_dir() else ()))):
+        raise BadRequest(f"lora_path {show(path)}: links are not followed", "lora_path", 403)
+    if not place.is_dir():
+        raise BadRequest(f"lora_path {show(path)}: there is no such folder", "lora_path")
+    return place
+
+
+def prometheus(engine: Engine) -> str:
+    """The metrics in Prometheus' text format (version 0.0.4)."""
+    c = engine.counts
+    ends = {kind: n for (_, kind), n in ((k, n) for k, n in c.items() if isinstance(k, tuple))}
+    rows = [("prompt_tokens_total", "counter", "Tokens of prompts that were read.", c["prompt_tokens"]),
+            ("generated_tokens_total", "counter", "Tokens of replies.", c["generated_tokens"]),
+            ("forwards_total", "counter", "Forwards of the model.", c["forwards"]),
+            ("first_token_seconds_sum", "counter", "From a request to its first token.", c["first_token_seconds"]),
+            ("first_token_seconds_count", "counter", "Replies that have a first token.", c["first_tokens"]),
+            ("requests_running", "gauge", "Replies that have a slot.", len(engine.running)),
+            ("requests_waiting", "gauge", "Replies that wait for a slot.", len(engine.waiting)),
+            ("slots", "gauge", "Slots of the KV cache.", engine.n_slots),
+            ("adapters", "gauge", "LoRA adapters that are loaded.", len(engine.adapters)),
+            ("kv_cache_bytes", "gauge", "Memory of the KV cache.", engine.cache.nbytes),
+            ("resident_bytes", "gauge", "Memory of the process.", rss())]
+    text = "".join(f"# HELP bytewise_{name} {about}\n# TYPE bytewise_{name} {kind}\nbytewise_{name} {value}\n"
+                   for name, kind, about, value in rows)
+    text += "# HELP bytewise_requests_total Replies that ended, and how.\n# TYPE bytewise_requests_total counter\n"
+    return text + "".join(f'bytewise_requests_total{{end="{kind}"}} {n}\n' for kind, n in sorted(ends.items()))
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+def predicted(name: str, bits: int, device: str, slots: int, length: int) -> tuple[int, int]:
+    """(bytes of the weights, bytes of the KV cache), from config.json alone. Raises UserError."""
+    config, _, raw = weights.config_of(name)
+    compute = torch.float32 if bits == 32 else device_of(device).products
+    with Hollow():
+        n = count(hollow_model(raw, bits, compute))["bytes"]
+    return n, slots * length * 2 * config.n_layer * config.n_kv_head * config.head_dim * compute.itemsize
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises UserError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        s = socket.socket(family, socket.SOCK_STREAM)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(address)
+        s.listen(128)
+        return s
+    except (OSError, OverflowError) as e:
+        what = "is in use; choose another with --port" if getattr(e, "errno", 0) == 98 else f"cannot be used: {e}"
+        raise UserError(f"--host {host} --port {port} {what}") from None
+
+
+class Uvicorn(uvicorn.Server):
+    """At Ctrl-C the engine ends its replies, so streams end with a finish_reason and the process leaves."""
+
+    def __init__(self, config, engine: Engine):
+        super().__init__(config)
+        self.engine = engine
+
+    def handle_exit(self, sig, frame):
+        threading.Thread(target=self.engine.stop).start()  # the main thread may hold its lock just now
+        super().handle_exit(sig, frame)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="serve.py", description="Serve a model and its adapters: OpenAI's API, and a page.")
+    p.add_argument("--model", default="gpt2-nano", help="short name, hub repository or folder (default: %(default)s)")
+    p.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="folder of an adapter, served as "
+                   "NAME (default: the folder's name); may be given several times")
+    p.add_argument("--host", default="127.0.0.1", help="the address (default: %(default)s, this machine alone)")
+    p.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    p.add_argument("--api-key", default=os.environ.get("BYTEWISE_API_KEY"), help="requests must have Authorization: Bearer "
+                   "KEY (default: the environment's BYTEWISE_API_KEY, else none)")
+    p.add_argument("--slots", type=int, default=8, help="replies at the same time (default: %(default)s)")
+    p.add_argument("--queue", type=int, default=128, help="how many more may wait (default: %(default)s)")
+    p.add_argument("--max-length", type=int, help="positions of a slot, for prompt and reply (default: the model's, at most "
+                   "2048)")
+    p.add_argument("--deadline", type=float, default=600, help="seconds for a request: one that waits gets an error, one "
+                   "that runs ends with what it has (default: %(default)g)")
+    p.add_argument("--keep-alive", type=float, default=10, help="seconds after which a stream that waits gets a comment "
+                   "(default: %(default)g)")
+    p.add_argument("--votes", metavar="FILE", help="the page's blind votes are added to this .jsonl file (see compare.py)")
+    p.add_argument("--allow-loading", metavar="FOLDER", help="clients may load and unload adapters below this folder")
+    p.add_argument("--bits", type=int, choices=(32, 16, 8, 4), help="bits of each weight in memory (default: 8 or 4 if "
+                   "the checkpoint is stored so or the adapter was trained so, else 32)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+    p.add_argument("--dry-run", action="store_true", help="print the memory that it will need, and stop")
+    a = p.parse_args(argv)
+    for name, low in (("slots", 1), ("queue", 0), ("max_length", 2), ("deadline", 1e-3), ("keep_alive", 1e-3), ("port", 0)):
+        if (value := getattr(a, name)) is not None and not low <= value < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {low:g}")
+    adapters = named(a.adapter) if len(a.adapter) != 1 or "=" in a.adapter[0] else {}
+    if not adapters and a.adapter:
+        adapters = {Path(a.adapter[0]).resolve().name: a.adapter[0]}
+    if a.allow_loading is not None and not Path(a.allow_loading).is_dir():
+        raise UserError(f"--allow-loading {a.allow_loading}: there is no such folder")
+    a.allow_loading = a.allow_loading and str(Path(a.allow_loading).resolve())
+    if a.votes is not None and not Path(a.votes).resolve().parent.is_dir():
+        raise UserError(f"--votes {a.votes}: its folder does not exist")
+    device, config = usable_device(a.device), weights.config_of(a.model)[0]
+    length = min(config.n_positions, a.max_length or 2048)
+    bits = a.bits
+    if bits is None and not a.dry_run:
+        bits = weights.stored_bits(weights.find(a.model))
+    bits = bits or recorded_bits(adapters) or 32
+    n_weights, n_cache = predicted(a.model, bits, device, a.slots, length)
+    print(f"{a.model}: weights {human(n_weights)}, KV cache {human(n_cache)} ({a.slots} slots of {length} positions), "
+          f"together {human(n_weights + n_cache)}")
+    if a.dry_run:
+        return
+    if a.host not in ("127.0.0.1", "localhost", "::1") and not a.api_key:
+        print(f"warning: --host {a.host} lets other machines in, and nobody needs a key: add --api-key", file=sys.stderr)
+    listening = bound(a.host, a.port)  # before the slow part
+    model = weights.load(a.model, bits=bits, device=device)
+    model.config.n_positions = length
+    server = Server(a, model, data.load_tokenizer(a.model))
+    for name, folder in adapters.items():
+        if len(adapters) == 1 and not peft_files.can_share(folder):
+            server.only(name, folder)
+        else:
+            server.add(name, folder)
+    server.engine.start()
+    server.engine.call(server.engine.warm_up).result()
+    port = listening.getsockname()[1]
+    print(f"serving {', '.join(server.names())} at http://{'localhost' if a.host == '127.0.0.1' else a.host}:{port}/  "
+          f"(KV cache {human(server.engine.cache.nbytes)}; Ctrl-C stops)", flush=True)
+    config = uvicorn.Config(create_app(server), log_level="warning", timeout_graceful_shutdown=1, lifespan="off")
+    Uvicorn(config, server.engine).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    terminal.run(main)
