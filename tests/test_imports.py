@@ -14,8 +14,8 @@ COMMANDS = {"train", "generate", "serve", "export"}
 # Floors, the lowest first. A file imports from its own floor and from those below.
 FLOORS = [{"errors", "terminal"}, {"techniques"}, {*MODELS, "lora", "memory"}, {"methods"}, {"files"}, {"data"}, {"run"},
           {"ledger"}, {"serving"}, COMMANDS, {"bench"}]
-# Few files import from a command: train.py and the server take generate.py's sampling, the prediction and the bench of a GPU run the
-# training step, the fault campaign whole commands.
+# Few files import from a command: train.py and the server take generate.py's sampling, the prediction and the bench of a GPU
+# run the training step, the fault campaign whole commands.
 FROM_COMMANDS = {("train", "generate"), ("serve", "generate"), ("serving.engine", "generate"),
                  ("ledger.predict", "train"), ("bench.gpu_claims", "train"),
                  ("bench.fault_base", "train"), ("bench.faults", "train"), ("bench.faults", "generate"),
