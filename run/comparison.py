@@ -1,10 +1,11 @@
 """What a comparison measures: the losses of each example, the replies, time and memory, of one model in several states.
 
-A state is the base model, or the base with one adapter. `routes` names them: {"gpt2-nano": None, "support": "support"} is the
-base and the adapter that methods/several.py has under this name. All states share the base's weights, so an adapter more
-costs its own bytes. They take turns batch by batch: if the machine becomes slower meanwhile, it does so for all of them.
+A state is the base model, or the base with one adapter. `routes` names them: {"gpt2-nano": None, "support": "support"} is
+the base, and the adapter that methods/several.py has under this name. All states share the base's weights, so an adapter
+more costs its own bytes. They take turns batch by batch: if the machine becomes slower meanwhile, it does so for all.
 
-Each state sees the same batches, with the same padding. So an adapter that does nothing (B = 0) has exactly the base's losses.
+Each state sees the same batches, with the same padding. So an adapter that does nothing (B = 0) has exactly the base's
+losses.
 """
 import math
 import re
@@ -34,13 +35,14 @@ Routes = dict[str, str | None]
 @dataclass
 class Measured:
     """Of one state. sums, labels (n,): each example's loss in nats, and its labelled tokens. peak: bytes of live tensors
-    (memory.py) in the forward of the largest batch, with this state's adapter alone. replies: see `answer`."""
+    (memory.py) in the forward of the largest batch. replies, right: to each question, and whether it has the answer."""
     sums: torch.Tensor
     labels: torch.Tensor
     peak: int = 0
     tokens: int = 0
     seconds: float = 0.0
     replies: list[str] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
     reply_tokens: int = 0
     reply_seconds: float = 0.0
 
@@ -127,8 +129,8 @@ def questions(examples: data.Dataset, numbers: torch.Tensor, tokenizer, extract,
     return found
 
 
-def answer(model: nn.Module, routes: Routes, asked: list[Question], tokenizer, batch_size: int, max_new_tokens: int,
-           found: dict[str, Measured]):
+def answer(model: nn.Module, routes: Routes, asked: list[Question], extract, tokenizer, batch_size: int,
+           max_new_tokens: int, found: dict[str, Measured]):
     """Add each state's greedy replies, in the order of `asked`, to `found`, and the time of reading and replying."""
     for label, name in routes.items():
         replies = [generate.Reply(model.config, q.ids, tokenizer, max_new_tokens=max_new_tokens, temperature=0, adapter=name)
@@ -140,6 +142,7 @@ def answer(model: nn.Module, routes: Routes, asked: list[Question], tokenizer, b
                 bar.update(r.finish_reason is not None)
         mine.reply_seconds = time.perf_counter() - start
         mine.replies, mine.reply_tokens = [r.text for r in replies], sum(len(r.new) for r in replies)
+        mine.right = [extract(text) == q.answer for text, q in zip(mine.replies, asked)]
 
 
 # ---------------------------------------------------------------------------------------------- votes
@@ -164,8 +167,7 @@ def read_votes(path) -> list[dict]:
         if row["a"] == row["b"]:
             raise UserError(f"{where}: a and b are both {row['a']!r:.80}: there is nothing to choose")
         pair = tuple(sorted((row["a"], row["b"])))
-        winner = row["vote"] if row["vote"] == "tie" else row[row["vote"]]
-        pairs.setdefault(pair, [0, 0, 0])[2 if winner == "tie" and row["vote"] == "tie" else pair.index(winner)] += 1
+        pairs.setdefault(pair, [0, 0, 0])[2 if row["vote"] == "tie" else pair.index(row[row["vote"]])] += 1
     return [{"a": a, "b": b, "wins_a": x, "wins_b": y, "ties": ties, "share_a": x / (x + y) if x + y else None,
              "interval": intervals.binomial_interval(x, x + y)} for (a, b), (x, y, ties) in sorted(pairs.items())]
 
@@ -176,25 +178,24 @@ def perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss < 700 else None  # (math.exp of more overflows)
 
 
-def about(mine: Measured, general: Measured, asked: list[Question], extract) -> dict:
+def about(mine: Measured, general: Measured) -> dict:
     """The numbers of one state."""
     n = {"loss": mine.loss, "perplexity": perplexity(mine.loss), "mean_loss": float(mine.losses.mean()),
          "general_loss": general.loss, "tokens_per_s": mine.tokens / mine.seconds, "peak": mine.peak}
-    if asked:
-        n["right"] = sum(extract(text) == q.answer for text, q in zip(mine.replies, asked))
-        n["reply_tokens_per_s"] = mine.reply_tokens / mine.reply_seconds
+    if mine.right:
+        n |= {"right": sum(mine.right), "reply_tokens_per_s": mine.reply_tokens / mine.reply_seconds}
     return n
 
 
-def against(base: Measured, mine: Measured, asked: list[Question], extract, worst: int = 5) -> dict:
-    """What one state changes: "difference" is mean, low and high in nats, "worst" the places of the examples that lost
-    most, "only_base" and "only_this" the questions that one of the two alone answers rightly."""
+def against(base: Measured, mine: Measured) -> dict:
+    """What one state changes: "difference" is its mean, low and high in nats; "worst" the numbers of the five examples that
+    lost most; "only_base" and "only_this" count the questions that one of the two alone answers rightly."""
     difference = mine.losses - base.losses
     n = {"difference": intervals.paired_bootstrap(base.losses.numpy(), mine.losses.numpy()),
-         "improved": int((difference < 0).sum()), "worst": difference.argsort(descending=True, stable=True)[:worst].tolist()}
-    if asked:
-        right = [[extract(text) == q.answer for text, q in zip(m.replies, asked)] for m in (base, mine)]
-        n["only_base"], n["only_this"] = (sum(x and not y for x, y in zip(*pair)) for pair in (right, right[::-1]))
+         "improved": int((difference < 0).sum()), "worst": difference.argsort(descending=True, stable=True)[:5].tolist()}
+    if mine.right:
+        n["only_base"] = sum(b and not m for b, m in zip(base.right, mine.right))
+        n["only_this"] = sum(m and not b for b, m in zip(base.right, mine.right))
         n["p"] = intervals.mcnemar(n["only_base"], n["only_this"])
     return n
 
