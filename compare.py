@@ -144,16 +144,18 @@ def verdict(label: str, s: dict) -> str:
     if low == high == 0:
         return f"{label} changes nothing: every example has exactly the base's loss."
     if low <= 0 <= high:
-        return (f"These examples do not show whether {label} helped: the mean loss of an example changes by {mean:+.4f} nats a "
-                f"token, and the {interval} contains 0.")
+        return (f"These examples do not show whether {label} helped: the mean loss of an example changes by {mean:+.4f} "
+                f"nats a token, and the {interval} contains 0.")
     how = "helped" if mean < 0 else "did harm"
     return f"{label} {how}: the mean loss of an example changes by {mean:+.4f} nats a token ({interval})."
 
 
 def vote_line(v: dict) -> str:
-    share = "no winner yet" if v["share_a"] is None else \
-        "{:.1f} % for {} (95 % interval {:.1f} to {:.1f} %)".format(100 * v["share_a"], v["a"], *(100 * x for x in v["interval"]))
-    return f"{v['a']} against {v['b']}: {v['wins_a']} to {v['wins_b']}, {v['ties']} ties; without ties {share}"
+    line = f"{v['a']} against {v['b']}: {v['wins_a']} to {v['wins_b']}, and {v['ties']} ties"
+    if v["share_a"] is None:
+        return line
+    share, low, high = (100 * x for x in (v["share_a"], *v["interval"]))
+    return f"{line}; of the others {v['a']} won {share:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
 
 
 def aligned(cells: list[list[str]]) -> str:
@@ -185,10 +187,11 @@ def page(found: dict) -> str:
     if found["votes"]:
         lines += ["## Blind votes", "", *(f"* {vote_line(v)}" for v in found["votes"]), ""]
     lines += ["## How it was measured", "",
-              f"{len(found['examples']):,} examples with {found['labels']:,} labelled tokens of {safe(found['data'])}; general "
-              f"text: {found['general_labels']:,} tokens of {safe(found['general'])}. Weights in {found['bits']} bits, on "
-              f"{found['device']}. Intervals: 10,000 resamples of the examples. They say how much other held-out examples would "
-              "change the result, not how much another training would. Losses of each example are in compare.json.", "",
+              f"{len(found['examples']):,} examples with {found['labels']:,} labelled tokens of {safe(found['data'])}. "
+              f"General text: {found['general_labels']:,} tokens of {safe(found['general'])}. Weights in {found['bits']} "
+              f"bits, on {found['device']}. Intervals: 10,000 resamples of the examples. They say how much other held-out "
+              "examples would change the result, not how much another training would. The losses of all examples are in "
+              "compare.json.", "",
               f"    {found['command']}", ""]
     return "\n".join(lines)
 
@@ -205,17 +208,19 @@ def plot(found: dict, path: Path):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.25), layout="constrained")
     for y, (label, s) in enumerate(adapted.items()):
         colour, (mean, low, high) = colours[y % len(colours)], s["difference"]
-        left.plot([low, high], [y, y], color=colour, linewidth=3, solid_capstyle="butt")
-        left.plot(mean, y, "o", color=colour, markersize=8)
-        left.annotate(f"{mean:+.4f}", (mean, y), (0, 10), textcoords="offset points", ha="center")
+        left.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, markersize=4, capsize=8, linewidth=2)
+        left.annotate(f"{mean:+.4f}\n({low:+.4f} to {high:+.4f})", (mean, y), (0, 12), textcoords="offset points",
+                      ha="center", fontsize=9)
         each = sorted(e["losses"][label] - e["losses"][base] for e in found["examples"])
-        right.plot([100 * (i + 0.5) / n for i in range(n)], each, "o"[:n < 2000] or "-", color=colour, markersize=3, label=label)
+        share = [100 * (i + 0.5) / n for i in range(n)]
+        right.plot(share, each, "o" if n < 2000 else "-", color=colour, markersize=3, label=label)
     left.set_yticks(range(len(adapted)), adapted, parse_math=False)
     left.set(ylim=(len(adapted) - 0.4, -0.6), xlabel=f"mean loss minus {base}'s, nats a token; bar: 95 % interval")
-    right.set(xlabel=f"the {n:,} examples, from the most improved, %", ylabel=f"loss minus {base}'s, nats a token", xlim=(0, 100))
+    right.set(xlabel=f"share of the {n:,} examples, the most improved first, %", xlim=(0, 100),
+              ylabel=f"loss minus {base}'s, nats a token")
     left.axvline(0, color="0.2", linewidth=1)
     right.axhline(0, color="0.2", linewidth=1)
-    left.margins(x=0.15)
+    left.margins(x=0.3)
     if len(adapted) > 1:
         right.legend()
     for ax in (left, right):
@@ -263,8 +268,8 @@ def main(argv=None):
     answers = p.add_mutually_exclusive_group()
     answers.add_argument("--exact-match", action="store_true", help="let each reply to the prompts; right is a reply that "
                          "equals the row's own")
-    answers.add_argument("--match", metavar="REGEX", help="right is a reply in which this finds the same (its first group, or "
-                         "the whole match) as in the row's own")
+    answers.add_argument("--match", metavar="REGEX", help="right is a reply in which this finds the same (its first group, "
+                         "or the whole match) as in the row's own")
     p.add_argument("--max-new-tokens", type=int, help="longest reply, in tokens (default: 128)")
     p.add_argument("--votes", metavar="FILE", help="blind votes that serve.py's page wrote")
     p.add_argument("--max-examples", type=int, help="only so many examples, at equal distances (default: all)")
