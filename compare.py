@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -208,9 +209,9 @@ def plot(found: dict, path: Path):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.25), layout="constrained")
     for y, (label, s) in enumerate(adapted.items()):
         colour, (mean, low, high) = colours[y % len(colours)], s["difference"]
-        left.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, markersize=4, capsize=8, linewidth=2)
+        left.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, markersize=4, capsize=8, lw=2)
         left.annotate(f"{mean:+.4f}\n({low:+.4f} to {high:+.4f})", (mean, y), (0, 12), textcoords="offset points",
-                      ha="center", fontsize=9)
+                      ha="center", fontsize=9, bbox={"color": "white", "pad": 1})
         each = sorted(e["losses"][label] - e["losses"][base] for e in found["examples"])
         share = [100 * (i + 0.5) / n for i in range(n)]
         right.plot(share, each, "o" if n < 2000 else "-", color=colour, markersize=3, label=label)
@@ -247,12 +248,14 @@ def write(found: dict, folder: Path):
 def end_of_run(cfg, out: Path, tokenizer, template: str, examples: data.Dataset):
     """train.py --compare: the base against the run's best adapter on its held-out examples, in `out`/compare."""
     adapter = str(out / "best")
+    shutil.rmtree(out / "compare", ignore_errors=True)  # a resumed run makes it anew
     with writing.new_folder(out / "compare") as tmp:
         general = read_data(GENERAL, tokenizer, template, examples.parts[0].file.max_length)
         found = compare(cfg.model, {None: adapter}, cfg.bits, cfg.device, tokenizer, examples, general, cfg.eval_examples,
                         cfg.batch_size)
         write({**found, "data": cfg.val_data or f"the held-out rows of {cfg.data}", "general": str(GENERAL), "votes": [],
                "command": f"python train.py --compare (the run in {printable(str(out))})"}, tmp)
+    print(f"written       compare.json, compare.md, compare.png in {out / 'compare'}")
 
 
 def main(argv=None):
