@@ -157,10 +157,12 @@ def test_answers_are_counted_and_tested(tmp_path, capsys):
 def test_a_pattern_finds_the_answer(tmp_path):
     number = comparison.extractor(r"#### (-?\d+)")
     assert (number("so #### 12 and #### 13"), number("12"), comparison.extractor("[a-z]+")("12 ab cd")) == ("12", None, "ab")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?", "completion": f"it is {i}"}) + "\n"
-                                                 for i in ("1", "2", "x")))
+    turns = [("user", "hi"), ("assistant", "it is 3"), ("user", "why " * 150), ("assistant", "it is 4")]
+    rows = [{"prompt": f"{i}?", "completion": f"it is {i}"} for i in "12x"]
+    rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = run(tmp_path / "out", "--match", r"\d", "--max-new-tokens", 2, rows=tmp_path / "rows.jsonl")
-    assert [q["answer"] for q in found["questions"]] == ["1", "2"]  # the third has none
+    assert [q["answer"] for q in found["questions"]] == ["1", "2"]  # the third has none, the fourth no room for a reply
     with pytest.raises(UserError, match="none of the examples has a prompt, and a reference in which"):
         run(tmp_path / "none", "--match", "not there", rows=tmp_path / "rows.jsonl")
     with pytest.raises(UserError, match=r"--match \(: not a regular expression"):
