@@ -189,10 +189,10 @@ def page(found: dict) -> str:
         lines += ["## Blind votes", "", *(f"* {vote_line(v)}" for v in found["votes"]), ""]
     lines += ["## How it was measured", "",
               f"{len(found['examples']):,} examples with {found['labels']:,} labelled tokens of {safe(found['data'])}. "
-              f"General text: {found['general_labels']:,} tokens of {safe(Path(found['general']).name)}. Weights in {found['bits']} "
-              f"bits, on {found['device']}. Intervals: 10,000 resamples of the examples. They say how much other held-out "
-              "examples would change the result, not how much another training would. The losses of all examples are in "
-              "compare.json.", "",
+              f"General text: {found['general_labels']:,} tokens of {safe(Path(found['general']).name)}. "
+              f"Weights in {found['bits']} bits, on {found['device']}. Intervals: 10,000 resamples of the examples. They "
+              "say how much other held-out examples would change the result, not how much another training would. The "
+              "losses of all examples are in compare.json.", "",
               f"    {found['command']}", ""]
     return "\n".join(lines)
 

@@ -68,7 +68,7 @@ def sums_of(model: nn.Module, batch: data.Batch) -> torch.Tensor:
 def measure(model: nn.Module, routes: Routes, examples: data.Dataset, numbers: torch.Tensor, batch_size: int
             ) -> dict[str, Measured]:
     """Each state's losses on examples[numbers], in the order of `numbers`. Raises UserError where one is not finite."""
-    model.eval()
+    model.eval().requires_grad_(False)  # even without a graph, loss.py makes the gradient of a head that can be trained
     device = next(model.parameters()).device
     found = {label: Measured(torch.zeros(len(numbers), dtype=torch.float64), examples.labels[numbers]) for label in routes}
     longest_first = examples.lengths[numbers].sort(descending=True, stable=True).indices.split(batch_size)
@@ -106,14 +106,14 @@ def exact(text: str) -> str:
 
 def extractor(pattern: str) -> Callable[[str], str | None]:
     """--match: text -> the first group of the pattern's first match, or the whole match if it has no group; None without
-    a match. Raises UserError for a pattern that is none."""
+    a match. White space around the text is left out first. Raises UserError for a pattern that is none."""
     try:
         compiled = re.compile(pattern)
     except re.error as e:
         raise UserError(f"--match {pattern}: not a regular expression ({e})") from None
 
     def extract(text: str) -> str | None:
-        found = compiled.search(text)
+        found = compiled.search(text.strip())
         return found and found[1 if compiled.groups else 0]
     return extract
 

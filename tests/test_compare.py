@@ -122,9 +122,10 @@ def test_neither_batches_nor_the_others_change_a_number(tmp_path):
     bytes_of = {name: sum(t.nbytes for m in peft_files.read(weights.load("tiny"), name).values()
                           for t in (m.lora_A, *m.lora_B)) for name in "ab"}
     assert {label: s["adapter_bytes"] for label, s in together["states"].items()} == {"tiny": 0, **bytes_of}
-    again = run(tmp_path / "again", "--adapter", "a", "--batch-size", 1)  # the one that waits is in no peak
-    for label in ("tiny", "a"):
+    again, base = (run(tmp_path / str(n), *words, "--batch-size", 1) for n, words in enumerate((["--adapter", "a"], [])))
+    for label in ("tiny", "a"):  # an adapter that waits is in no peak, and no gradient is
         assert again["states"][label]["peak"] == together["states"][label]["peak"] > again["weight_bytes"]
+    assert base["states"]["tiny"]["peak"] == base["states"]["tiny again"]["peak"] == again["states"]["tiny"]["peak"]
 
 
 @pytest.mark.parametrize("name", ["dora", "prefix"])
@@ -156,7 +157,7 @@ def test_answers_are_counted_and_tested(tmp_path, capsys):
 
 def test_a_pattern_finds_the_answer(tmp_path):
     number = comparison.extractor(r"#### (-?\d+)")
-    assert (number("so #### 12 and #### 13"), number("12"), comparison.extractor("[a-z]+")("12 ab cd")) == ("12", None, "ab")
+    assert (number("so #### 12 and #### 13"), number("12"), comparison.extractor("^[a-z]+")(" ab cd")) == ("12", None, "ab")
     turns = [("user", "hi"), ("assistant", "it is 3"), ("user", "why " * 150), ("assistant", "it is 4")]
     rows = [{"prompt": f"{i}?", "completion": f"it is {i}"} for i in "12x"]
     rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
