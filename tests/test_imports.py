@@ -127,6 +127,9 @@ def test_the_commands_run_from_anywhere(elsewhere):
                   "--max-new-tokens", 2)
     python(elsewhere, ROOT / "export.py", "merge", "--model", "tiny", "--adapter", "run/adapter", "--out", "merged")
     assert (elsewhere / "merged" / "model.safetensors").is_file()
+    python(elsewhere, ROOT / "compare.py", "--model", "tiny", "--adapter", "run/adapter", "--data", "rows.jsonl",
+           "--max-examples", 2, "--out", "page")  # with the bundled general text
+    assert (elsewhere / "page" / "compare.md").is_file()
 
 
 def test_the_bench_runs_from_anywhere(elsewhere):
