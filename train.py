@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import torch
 
+import compare
 import data
 import generate
 import memory
@@ -160,7 +161,7 @@ def main(cfg: TrainConfig, **own) -> dict:
     """
     hooks = Hooks(**own)
     if cfg.fit:
-        hooks.refuse_prediction("--fit")
+        hooks.refuse("--fit predicts")
         return fit(cfg)
     if cfg.resume:
         cfg = state.options_of_run(cfg)
@@ -168,8 +169,10 @@ def main(cfg: TrainConfig, **own) -> dict:
             return summary
     cfg = resolve(cfg)
     if cfg.dry_run:
-        hooks.refuse_prediction("--dry-run")
+        hooks.refuse("--dry-run predicts")
         return ask.dry_run(cfg)
+    if cfg.compare:
+        hooks.refuse("--compare measures")
     folder = weights.find(cfg.model)
     model_config, _, _ = weights.read_config(folder)
     resolve_for(cfg, model_config, weights.stored_bits(folder))
@@ -198,7 +201,11 @@ def main(cfg: TrainConfig, **own) -> dict:
             state.write_changes(cfg)
         record.announce(cfg, params, train_set, val_sets, out)
         with trackers.opened(run):
-            return train(run, plan, val_sets, params, predictor)
+            summary = train(run, plan, val_sets, params, predictor)
+        if cfg.compare:
+            run = model = optimizer = None  # their memory is free: the model is loaded again, without adapters
+            compare.end_of_run(cfg, out, tokenizer, template, next(iter(val_sets.values())))
+        return summary
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
     prepare        data, model and optimizer before the first step
     watch          which steps are measured: the peak of a run
     evaluate       the held-out loss
+    comparison     what compare.py measures
+    intervals      how sure a difference is
     hooks          a loss of your own, and what else a Python program may replace
     interrupt      Ctrl-C lets the step finish
     state          saving and resuming

@@ -36,7 +36,7 @@ class Hooks:
         own = [f for f, default in ((self.loss, token_loss), (self.collate, data.collate)) if f is not default]
         return ", ".join(getattr(f, "__qualname__", type(f).__qualname__) for f in own) or None
 
-    def refuse_prediction(self, option: str):
-        """The prediction runs train.py's own step."""
+    def refuse(self, option: str):
+        """option: and what it does with train.py's own loss, which it knows alone: "--fit predicts"."""
         if self.own_loss:
-            raise UserError(f"{option} predicts train.py's own loss, not {self.own_loss}; leave it out")
+            raise UserError(f"{option} train.py's own loss, not {self.own_loss}; leave it out")

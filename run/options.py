@@ -105,6 +105,8 @@ class TrainConfig:
     keep: int = option(1, "output", "states kept in state/: the newest, and the last ones before it")
     samples: int = option(3, "output", "held-out prompts answered before and after training, in samples.md")
     sample_every: int = option(None, "output", "answer these prompts every N steps, too (default: never)", type=int)
+    compare: bool = option(False, "output", "end with a comparison of best/ and the base model on the held-out examples, in "
+                           "compare/ (see compare.py)")
     report: str = option(None, "output", "send metrics.jsonl's lines also to tensorboard, wandb, or tensorboard,wandb",
                          type=str)
     out: str = option(None, "output", "folder of the run (default: runs/MODEL-1, -2, ...)", type=str)
@@ -191,6 +193,10 @@ def resolve(cfg: TrainConfig) -> TrainConfig:
     if cfg.model == "gpt2-nano" and cfg.lora_targets is None and not cfg.full and cfg.method in ("lora", "dora"):
         # With 4M parameters, adapters on Q and V alone learn too little, and default_lr fits larger models. See LOG.md.
         cfg.lora_targets, cfg.lr = None if cfg.adapter else "all", 5e-3 if cfg.lr is None else cfg.lr
+    if cfg.compare and (cfg.full or cfg.task_column):
+        raise UserError("--compare puts one adapter on its base model, and with " + (
+            "--full there is none; leave it out" if cfg.full else
+            "--task-column there are several; leave it out, and use python compare.py --adapter NAME=DIR ..."))
     if cfg.sample_every and not cfg.samples:
         raise UserError("--sample-every has no effect with --samples 0")
     trackers.check(cfg.report)

@@ -6,6 +6,7 @@ written whole or not at all.
     summary.json     parameters, memory, loss, speed
     samples.md       the replies to the same prompts before and after training (--sample-every: also in between)
     loss.png         the loss of each step and the held-out loss; the learning rate; the gradient norm
+    compare/         best/ against the base model (--compare)
     adapter/ best/   the last adapter, and the one with the lowest held-out loss (--full: model/ and best/, whole models)
     state/           what --resume needs (state.py)
     tensorboard/ wandb/    the curves for --report (trackers.py)

@@ -253,7 +253,7 @@ def finished(cfg: TrainConfig) -> dict | None:
         return None
     out = Path(cfg.out)
     made = "model/config.json" if cfg.full else f"adapter/{'*/' * bool(cfg.task_column)}adapter_config.json"
-    files = [made, "samples.md", "loss.png", "summary.json"]
+    files = [made, "samples.md", "loss.png", "summary.json", *["compare/compare.json"] * cfg.compare]
     with saved_state(cfg) as (_, numbers):
         done, ended = numbers["step"], has_ended(cfg, numbers["step"], numbers["seen"])
     if not ended or not all(any(out.glob(f)) for f in files):
@@ -266,7 +266,7 @@ def finished(cfg: TrainConfig) -> dict | None:
 RESOLVED = ("bits", "device", "data", "max_length", "lr", "warmup_steps", "steps", "eval_every", "save_every")
 # A run of an older version has the defaults of these options.
 NEW = ("method", "lora_plus", "bottleneck", "virtual_tokens", "virtual_init", "adapter", "eval_examples", "patience", "keep",
-       "sample_every", "report", "columns", "skip_bad_rows", "task_column", "shared_adapter")
+       "sample_every", "report", "columns", "skip_bad_rows", "task_column", "shared_adapter", "compare")
 # A run may continue with another path, if the content is the same.
 MAY_MOVE = ("model", "data", "val_data", "template", "adapter")
 MAY_CHANGE = ("steps", "lr", "schedule")  # it may continue for longer, or at another rate; --epochs sets the steps
@@ -343,6 +343,7 @@ def write_changes(cfg: TrainConfig):
     if options != config["options"]:
         # The old summary goes first: with it, a run that is killed after its last new step would count as finished.
         (Path(cfg.out) / "summary.json").unlink(missing_ok=True)
+        shutil.rmtree(Path(cfg.out) / "compare", ignore_errors=True)
         writing.write_text(path, json.dumps({**config, "options": options}, indent=2) + "\n")
 
 

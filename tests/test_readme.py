@@ -104,7 +104,7 @@ def test_every_bench_named_exists():
     assert set(re.findall(r"python -m bench (\w+)", README)) <= {"faults", "gpu", *BENCHES}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/README.md", "docs/own-loss.md", "docs/data.md",
+@pytest.mark.parametrize("page", ["README.md", "docs/README.md", "docs/own-loss.md", "docs/data.md", "docs/compare.md",
                                   "docs/measurements.md", "LOG.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
