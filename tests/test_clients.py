@@ -7,7 +7,6 @@ import asyncio
 import collections
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,7 +20,9 @@ import pytest
 import test_page
 import torch
 from conftest import NANO, ROOT
+from runs import no_picture
 
+import compare
 import data
 import generate
 import lora
@@ -39,13 +40,13 @@ def need(package: str):
     return pytest.importorskip(package, reason=f"{package} is not installed: pip install -r requirements-clients.txt")
 
 
-# ---------------------------------------------------------------------------------------------- the server, and what is right
+# ---------------------------------------------------------------------------------------------- the server, what is right
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
     """The three models, each loaded alone, and where the adapters lie."""
     folder, models = tmp_path_factory.mktemp("adapters"), {"gpt2-nano": weights.load(str(NANO)).eval()}
-    for seed, name in enumerate(MODELS[1:], 1):
+    for seed, name in enumerate(MODELS[1:], 2):
         model = lora.inject(weights.load(str(NANO)), r=4, alpha=8, targets="all").eval()
         rng = torch.Generator().manual_seed(seed)
         for p in model.parameters():
@@ -56,6 +57,10 @@ def oracle(tmp_path_factory):
     tokenizer = data.load_tokenizer(str(NANO))
     return types.SimpleNamespace(folder=folder, models=models, tokenizer=tokenizer,
                                  template=data.load_template("auto", tokenizer))
+
+
+def adapter_options(oracle) -> list[str]:
+    return [x for name in MODELS[1:] for x in ("--adapter", f"{name}={oracle.folder / name}")]
 
 
 def greedy(oracle, name, prompt, n):
@@ -78,10 +83,9 @@ def server(oracle, tmp_path_factory):
     """A running serve.py: its url, its votes, the adapters' folder."""
     place = tmp_path_factory.mktemp("server")
     votes, errors = place / "votes.jsonl", place / "stderr"
-    adapters = [x for name in MODELS[1:] for x in ("--adapter", f"{name}={oracle.folder / name}")]
     with open(errors, "w") as stderr, subprocess.Popen(
-            [sys.executable, ROOT / "serve.py", "--model", "gpt2-nano", *adapters, "--port", "0", "--slots", "4", "--queue",
-             "12", "--votes", votes, "--allow-loading", oracle.folder, "--api-key", KEY], stdout=subprocess.PIPE,
+            [sys.executable, ROOT / "serve.py", "--model", "gpt2-nano", *adapter_options(oracle), "--port", "0", "--slots",
+             "4", "--queue", "12", "--votes", votes, "--allow-loading", oracle.folder, "--api-key", KEY], stdout=subprocess.PIPE,
             stderr=stderr, text=True) as process:
         try:
             found = None
@@ -139,8 +143,8 @@ def test_openai_accumulates_a_stream(client, oracle):
     """The package's own helper joins the pieces, logprobs and usage too. It takes only a reply that ends by itself."""
     right = greedy(oracle, "poems", HELLO, 20)
     end = right[-8:]
-    with client.chat.completions.stream(model="poems", messages=HELLO, temperature=0, stop=end, logprobs=True, top_logprobs=2,
-                                        stream_options={"include_usage": True}) as stream:
+    with client.chat.completions.stream(model="poems", messages=HELLO, temperature=0, stop=end, logprobs=True,
+                                        top_logprobs=2, stream_options={"include_usage": True}) as stream:
         kinds = collections.Counter(event.type for event in stream)
         whole = stream.get_final_completion()
     assert whole.choices[0].message.content == right[:right.index(end)] != ""
@@ -287,62 +291,87 @@ def test_langchain(server, oracle):
 
 # ---------------------------------------------------------------------------------------------- lm-evaluation-harness
 
-ROWS = ["In the beginning", "The people of the United States", "And the king said unto", "A new government"]
+def task_file(folder, name, rows, **more):
+    """NAME.yaml for lm-eval, and its rows beside it. JSON is YAML too."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(json.dumps({
+        "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")},
+                                                                 "cache_dir": str(folder / "cache")},
+        "test_split": "test", "doc_to_text": "{{context}}", "target_delimiter": "", **more}))
 
 
 @pytest.fixture
-def tasks(oracle, tmp_path):
-    """Three task files of lm-eval, on rows beside them."""
-    rows = []
-    for i, context in enumerate(ROWS):
-        likely = greedy(oracle, "support", context, 4)
-        assert oracle.tokenizer.encode(context + likely)[:-4] == oracle.tokenizer.encode(context)  # no other border
-        rows.append({"context": context, "choices": [likely, " of the house, and", " zebra été"], "label": i % 3,
-                     "target": likely if i % 2 else "wrong"})
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")},
-                                                         "cache_dir": str(tmp_path / "cache")},
-              "test_split": "test", "doc_to_text": "{{context}}", "target_delimiter": ""}
-    for name, more in {
-            "choices": {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}",
-                        "metric_list": [{"metric": "acc"}]},
-            "replies": {"output_type": "generate_until", "doc_to_target": "{{target}}",
-                        "generation_kwargs": {"until": ["\n\n\n"], "max_gen_toks": 4, "temperature": 0},
-                        "metric_list": [{"metric": "exact_match"}]},
-            "rolling": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{context}}",
-                        "metric_list": [{"metric": "word_perplexity"}]}}.items():
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **more}))  # JSON is YAML
-    return types.SimpleNamespace(folder=tmp_path, rows=rows)
+def lm_eval(server, tmp_path, monkeypatch):
+    """lm_eval(model, tasks, options): the results of the task files in tmp_path, and each task's samples in their order."""
+    need("lm_eval")
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    def run(model, tasks, more="tokenizer_backend=remote,num_concurrent=3"):
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        found = lm_eval.simple_evaluate(
+            model="local-completions", tasks=tasks, log_samples=True, bootstrap_iters=0,
+            model_args=f"base_url={server.url}/v1/completions,model={model},max_length=512,auth_token={KEY},{more}",
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
+        return found["results"], {name: sorted(samples, key=lambda s: s["doc_id"]) for name, samples in
+                                  found["samples"].items()}
+
+    return run
 
 
 @pytest.mark.parametrize("more", [
     "tokenizer_backend=remote,num_concurrent=3", "tokenizer_backend=remote,tokenized_requests=False,batch_size=4",
     f"tokenizer_backend=huggingface,tokenizer={NANO},batch_size=4"])
-def test_lm_eval(more, server, oracle, tasks, monkeypatch):
-    need("lm_eval")
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    found = simple_evaluate(
-        model="local-completions", tasks=["choices", "replies", "rolling"], log_samples=True, bootstrap_iters=0,
-        model_args=f"base_url={server.url}/v1/completions,model=support,max_length=512,auth_token={KEY},{more}",
-        task_manager=TaskManager(include_path=str(tasks.folder), include_defaults=False))
-    encode, right = oracle.tokenizer.encode, 0
-    for sample in sorted(found["samples"]["choices"], key=lambda s: s["doc_id"]):
-        row, wanted = tasks.rows[sample["doc_id"]], []
+def test_lm_eval(more, lm_eval, oracle, tmp_path):
+    encode, rows = oracle.tokenizer.encode, []
+    for i, context in enumerate(("In the beginning", "The people of the United States", "And the king", "A new government")):
+        likely = greedy(oracle, "support", context, 4)
+        rows.append({"context": context, "choices": [likely, " of the house, and", " zebra \u00e9t\u00e9"], "label": i % 3,
+                     "target": likely if i % 2 else "wrong"})
+    task_file(tmp_path, "choices", rows, output_type="multiple_choice", doc_to_choice="{{choices}}",
+              doc_to_target="{{label}}", metric_list=[{"metric": "acc"}])
+    task_file(tmp_path, "replies", rows, output_type="generate_until", doc_to_target="{{target}}",
+              generation_kwargs={"until": ["\n\n\n"], "max_gen_toks": 4, "temperature": 0},
+              metric_list=[{"metric": "exact_match"}])
+    task_file(tmp_path, "rolling", rows, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{context}}",
+              metric_list=[{"metric": "word_perplexity"}])
+    results, samples = lm_eval("support", ["choices", "replies", "rolling"], more)
+    n_right = 0
+    for row, sample in zip(rows, samples["choices"], strict=True):
+        n, wanted = len(encode(row["context"])), []
         for choice, (value, is_greedy) in zip(row["choices"], sample["filtered_resps"], strict=True):
-            n = len(encode(row["context"]))
             ids = encode(row["context"] + choice)
             wanted.append(likelihood(oracle, "support", ids[:n], ids[n:]))
             assert value == pytest.approx(wanted[-1][0], abs=1e-4) and is_greedy == wanted[-1][1]
         assert [is_greedy for _, is_greedy in wanted] == [True, False, False]
-        right += max(range(3), key=lambda i: wanted[i][0]) == row["label"]
-    assert found["results"]["choices"]["acc,none"] == right / 4
-    assert found["results"]["replies"]["exact_match,none"] == 0.5
-    for sample in found["samples"]["rolling"]:
-        text = tasks.rows[sample["doc_id"]]["context"]
-        value = sample["filtered_resps"][0]
-        assert value == pytest.approx(likelihood(oracle, "support", [4095], encode(text))[0], abs=1e-4)
+        n_right += max(range(3), key=lambda i: wanted[i][0]) == row["label"]
+    assert results["choices"]["acc,none"] == n_right / 4
+    assert results["replies"]["exact_match,none"] == 0.5
+    for row, sample in zip(rows, samples["rolling"], strict=True):
+        wanted = likelihood(oracle, "support", [oracle.tokenizer.eos_id], encode(row["context"]))[0]
+        assert sample["filtered_resps"][0] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_losses_of_compare_are_those_of_lm_eval(lm_eval, oracle, tmp_path, monkeypatch):
+    """lm-eval through the server, which batches as it likes; compare.py in batches of its own. The end token is a label."""
+    rows = [json.loads(line) for line in (ROOT / "assets" / "support-heldout.jsonl").read_text().splitlines()[::12]]
+    rows = [{"prompt": row["instruction"], "completion": " " + row["response"]} for row in rows]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "general.txt").write_text("Some other text.")
+    no_picture(monkeypatch)
+    compare.main(["--model", "gpt2-nano", *adapter_options(oracle), "--data", str(tmp_path / "data.jsonl"), "--general",
+                  str(tmp_path / "general.txt"), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    examples = json.loads((tmp_path / "out" / "compare.json").read_text())["examples"]
+    task_file(tmp_path, "one_choice", [{"context": row["prompt"], "choice": row["completion"] + oracle.tokenizer.eos}
+                                       for row in rows],
+              output_type="multiple_choice", doc_to_choice="{{[choice]}}", doc_to_target="0",
+              metric_list=[{"metric": "acc"}])
+    for name in MODELS:
+        _, samples = lm_eval(name, ["one_choice"])
+        for row, example, sample in zip(rows, examples, samples["one_choice"], strict=True):
+            ((value, _),) = sample["filtered_resps"]
+            n = len(oracle.tokenizer.encode(row["completion"])) + 1
+            assert -value / n == pytest.approx(example["losses"][name], abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- curl
@@ -400,7 +429,8 @@ def test_curl_loads_and_unloads_an_adapter(curl, oracle):
 # ---------------------------------------------------------------------------------------------- Prometheus
 
 def ask(server, path, body=None):
-    request = urllib.request.Request(server.url + path, body and json.dumps(body).encode(), {"Authorization": f"Bearer {KEY}"})
+    body = body and json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, body, {"Authorization": f"Bearer {KEY}"})
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request)
 
 
