@@ -124,6 +124,10 @@ class Server:
         wanted = options(body, is_chat)
         adapter = self.adapter(wanted.model)
         prompt_ids, texts = await self.ids(body, adapter, is_chat)
+        most = self.args.slots + self.args.queue
+        if (n := len(prompt_ids) * wanted.n) > most:  # not 429: a client would try again for ever
+            raise BadRequest(f"the request asks for {n} replies; this server takes at most {most} at the same time",
+                             "n" if is_chat else "prompt")
         events, loop = asyncio.Queue(), asyncio.get_running_loop()
 
         def emit(number):

@@ -83,15 +83,14 @@ def server(oracle, tmp_path_factory):
     """A running serve.py: its url, its votes, the adapters' folder."""
     place = tmp_path_factory.mktemp("server")
     votes, errors = place / "votes.jsonl", place / "stderr"
-    with open(errors, "w") as stderr, subprocess.Popen(
-            [sys.executable, ROOT / "serve.py", "--model", "gpt2-nano", *adapter_options(oracle), "--port", "0", "--slots",
-             "4", "--queue", "12", "--votes", votes, "--allow-loading", oracle.folder, "--api-key", KEY], stdout=subprocess.PIPE,
-            stderr=stderr, text=True) as process:
+    command = [sys.executable, ROOT / "serve.py", "--model", "gpt2-nano", *adapter_options(oracle), "--port", "0", "--slots",
+               "4", "--queue", "12", "--votes", votes, "--allow-loading", oracle.folder, "--api-key", KEY]
+    with open(errors, "w") as stderr, pytest.MonkeyPatch.context() as m, subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        for name in ("no_proxy", "NO_PROXY"):
+            m.setenv(name, "127.0.0.1")
         try:
-            found = None
-            for line in process.stdout:
-                if found := re.search(r"http://localhost:(\d+)/", line):
-                    break
+            found = next(filter(None, (re.search(r"http://localhost:(\d+)/", line) for line in process.stdout)), None)
             assert found, errors.read_text()
             yield types.SimpleNamespace(url=f"http://127.0.0.1:{found[1]}", votes=votes)
             process.send_signal(signal.SIGINT)
@@ -230,6 +229,8 @@ def test_openai_errors(openai, client):
         client.chat.completions.create(**asked, tools=[{"type": "function", "function": {"name": "f"}}])
     with pytest.raises(openai.BadRequestError, match="prompt has .* tokens, the model 512 positions"):
         client.completions.create(model="gpt2-nano", prompt=[1] * 512)
+    with pytest.raises(openai.BadRequestError, match="17 replies; this server takes at most 16"):
+        client.completions.create(model="gpt2-nano", prompt=["Hello"] * 17)
     with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong") as e:
         client.with_options(api_key="another").models.list()
     assert e.value.code == "invalid_api_key"
@@ -383,7 +384,7 @@ def curl(server, tmp_path):
         pytest.skip("curl is not on the PATH")
 
     def ask(path, *options, key=KEY):
-        done = subprocess.run(["curl", "-sS", "--noproxy", "*", "-o", tmp_path / "body", "-w", "%{http_code}", "-H",
+        done = subprocess.run(["curl", "-sS", "-o", tmp_path / "body", "-w", "%{http_code}", "-H",
                                f"Authorization: Bearer {key}", *options, server.url + path], capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == "", done.stderr
         return int(done.stdout), (tmp_path / "body").read_text()
@@ -431,7 +432,7 @@ def test_curl_loads_and_unloads_an_adapter(curl, oracle):
 def ask(server, path, body=None):
     body = body and json.dumps(body).encode()
     request = urllib.request.Request(server.url + path, body, {"Authorization": f"Bearer {KEY}"})
-    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request)
+    return urllib.request.urlopen(request)
 
 
 def test_prometheus_counts(server, oracle):
