@@ -3,7 +3,7 @@
     python -m bench serving --model DIR            writes docs/bench/serving.md and .json
 
     one stream           one client, one reply; transformers: one row
-    8 clients            eight replies at the same time; transformers: a batch of eight rows (all of one length, its best case)
+    8 clients            eight replies at the same time; transformers: a batch of eight rows of one length, its best case
     one after the other  the same eight replies, each begun when the last has ended
     first token          of a prompt of 300 words while four others stream, beside the forward of this prompt alone
 
@@ -79,7 +79,7 @@ class Client:
 
 def first_token(client: Client, banned: list[int]) -> float:
     """Seconds until the first token of the long prompt, while four others stream."""
-    running, ready = [0], threading.Semaphore(0)
+    ready = threading.Semaphore(0)
     others = [threading.Thread(target=client.complete, args=(PROMPT, 120, banned, ready.release)) for _ in range(4)]
     for t in others:
         t.start()
@@ -89,7 +89,7 @@ def first_token(client: Client, banned: list[int]) -> float:
     client.complete(LONG, 2, banned, lambda: seen.append(time.perf_counter()))
     for t in others:
         t.join()
-    return seen[0] - start + 0 * running[0]
+    return seen[0] - start
 
 
 def rows(model: str, n: int, repeat: int) -> list[dict]:
@@ -163,6 +163,6 @@ def main(argv: list[str], about: dict, command: str) -> bool:
     text = table(found, a.tokens)
     print(text)
     writing.write_text(Path(a.out) / "serving.json", json.dumps({"about": about, "command": command, "turns": found}, indent=1))
-    writing.write_text(Path(a.out) / "serving.md", f"# The server beside transformers\n\n`{command}`, {about.get('cpu', '')}\n\n"
+    writing.write_text(Path(a.out) / "serving.md", f"# The server beside transformers\n\n`{command}`, {about['machine']}\n\n"
                        f"{text}\n")
     return True
