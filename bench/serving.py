@@ -31,7 +31,7 @@ from techniques.kv_cache import KVCache
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "The history of the town begins with a river, a mill and three families who came from the north."
-WORDS = "the old mill by the river was sold to a family from the north who kept bees and wrote letters about the weather ".split()
+WORDS = "the old mill by the river was sold to a family from the north who kept bees and wrote about the weather".split()
 LONG = " ".join(WORDS[i % len(WORDS)] for i in range(300))
 
 
@@ -56,7 +56,7 @@ class Client:
     def complete(self, prompt: str, n: int, banned: list[int], on_first=lambda: None, **more) -> list[str]:
         """The pieces of a streamed reply of n tokens."""
         body = {"prompt": prompt, "max_tokens": n, "temperature": 0, "stream": True,
-                "logit_bias": {i: -100 for i in banned}, **more}
+                "logit_bias": dict.fromkeys(banned, -100), **more}
         request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode())
         pieces = []
         with urllib.request.urlopen(request) as answer:
