@@ -139,11 +139,10 @@ def table(found: list[dict], n: int) -> str:
 
     def ratio(a, b):
         return statistics.median(row[a] / row[b] for row in found)
-    lines = ["| | here | transformers' generate | ratio |", "|---|---|---|---|",
-             f"| one stream | {n / median('one stream'):.1f} tokens/s | {n / median('transformers, one row'):.1f} tokens/s | "
+    lines = ["| tokens/s | here | transformers' generate | ratio |", "|---|---|---|---|",
+             f"| one stream | {n / median('one stream'):.1f} | {n / median('transformers, one row'):.1f} | "
              f"{ratio('transformers, one row', 'one stream'):.2f} |",
-             f"| 8 clients; a batch of 8 | {8 * n / median('8 clients'):.1f} tokens/s | "
-             f"{8 * n / median('transformers, batch of 8'):.1f} tokens/s | "
+             f"| 8 clients; a batch of 8 | {8 * n / median('8 clients'):.1f} | {8 * n / median('transformers, batch of 8'):.1f} | "
              f"{ratio('transformers, batch of 8', '8 clients'):.2f} |", "",
              f"8 clients together are {ratio('one after the other', '8 clients'):.2f} times as fast as one after the other. "
              f"The first token of a prompt of 300 words comes after {median('first token beside 4 streams'):.2f} s while 4 "
@@ -160,9 +159,9 @@ def main(argv: list[str], about: dict, command: str) -> bool:
     p.add_argument("--out", default=str(ROOT / "docs" / "bench"), help="folder of the table")
     a = p.parse_args(argv)
     found = rows(a.model, a.tokens, a.repeat)
-    text = table(found, a.tokens)
+    text, record = table(found, a.tokens), {"about": about, "command": command, "turns": found}
     print(text)
-    writing.write_text(Path(a.out) / "serving.json", json.dumps({"about": about, "command": command, "turns": found}, indent=1))
-    writing.write_text(Path(a.out) / "serving.md", f"# The server beside transformers\n\n`{command}`, {about['machine']}\n\n"
-                       f"{text}\n")
+    writing.write_text(Path(a.out) / "serving.json", json.dumps(record, indent=1))
+    writing.write_text(Path(a.out) / "serving.md",
+                       f"# The server beside transformers\n\n`{command}`, {about['machine']}\n\n{text}\n")
     return True
