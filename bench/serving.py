@@ -139,10 +139,11 @@ def table(found: list[dict], n: int) -> str:
 
     def ratio(a, b):
         return statistics.median(row[a] / row[b] for row in found)
+    batch = 8 * n / median("transformers, batch of 8")
     lines = ["| tokens/s | here | transformers' generate | ratio |", "|---|---|---|---|",
              f"| one stream | {n / median('one stream'):.1f} | {n / median('transformers, one row'):.1f} | "
              f"{ratio('transformers, one row', 'one stream'):.2f} |",
-             f"| 8 clients; a batch of 8 | {8 * n / median('8 clients'):.1f} | {8 * n / median('transformers, batch of 8'):.1f} | "
+             f"| 8 clients; a batch of 8 | {8 * n / median('8 clients'):.1f} | {batch:.1f} | "
              f"{ratio('transformers, batch of 8', '8 clients'):.2f} |", "",
              f"8 clients together are {ratio('one after the other', '8 clients'):.2f} times as fast as one after the other. "
              f"The first token of a prompt of 300 words comes after {median('first token beside 4 streams'):.2f} s while 4 "
