@@ -41,12 +41,6 @@ from techniques.device import usable_device
 GENERAL = ASSETS / "plain.txt"
 
 
-def can_share(folder: str, model: str) -> bool:
-    """Whether the adapter can be one of several on a model. No weights of the model are read. Raises UserError."""
-    its = peft_files.options(folder, model)
-    return its["method"] == "lora" and its["lora_init"] == "default"
-
-
 def read_data(path, tokenizer, template: str, max_length: int, columns: dict | None = None) -> data.Dataset:
     """All examples of the files that `path` names. Raises UserError."""
     found = [data.read_tokens(s.path, tokenizer, template, columns) for s in rows.sources(str(path))]
@@ -64,7 +58,7 @@ def compare(model: str, adapters: dict[str | None, str], bits: int, device: str,
     folders = {name or Path(folder).resolve().name: folder for name, folder in adapters.items()}
     if base in folders:
         raise UserError(f"the model and an adapter are both named {base}; give another name: --adapter NAME={folders[base]}")
-    alone = len(folders) == 1 and not can_share(*folders.values(), model)
+    alone = len(folders) == 1 and not peft_files.can_share(*folders.values())
     net = weights.load(model, bits, device)
     sizes, routes, measured, on_general = {base: 0}, {base: None}, {}, {}
     weight_bytes = memory.count(net)["bytes"]

@@ -142,6 +142,11 @@ class Rope(torch.autograd.Function):
         return turn(grad, cos, sin, -1), None, None
 
 
+def rotate(x, cos, sin):
+    """Rope.apply. While nothing is trained, its records would take a tenth of the time of a token (SmolLM2-135M)."""
+    return Rope.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin, 1)
+
+
 def turn(x, cos, sin, way: int):
     """(a, b) -> (a cos - b sin, b cos + a sin), in float32. The table `sin` is (-sin, sin), and roll makes (b, a).
 
@@ -194,7 +199,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if device_of(x.device).rms_norm_kernel and x.dtype == self.weight.dtype:  # it keeps the same: x and r
+        kernel = device_of(x.device).rms_norm_kernel or not torch.is_grad_enabled() and x.dtype == torch.float32
+        if kernel and x.dtype == self.weight.dtype:  # on a GPU it keeps the same: x and r
             with torch.autocast(x.device.type, enabled=False):  # autocast would make a float32 copy of x
                 return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return RMSNormFunction.apply(x, self.weight, self.eps)
@@ -227,8 +233,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, segments=None, cache=None):
         B, T, C = x.shape
-        q = Rope.apply(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
-        k = Rope.apply(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, D)
+        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         mask = None
         if cache is not None:

@@ -14,6 +14,7 @@
                 training reaches, here and in transformers + PEFT. Compare machines by this share, not by tokens/s
     gpu         all that is claimed about a GPU, tried on one in under 8 minutes, see gpu.py; its options are its own
     methods     LoRA and the other ways to adapt, several seeds each, with intervals, see methods.py; its options are its own
+    serving     serve.py beside transformers' generate, see serving.py; its options are its own
     faults      no table of speeds: killed runs and damaged files, see faults.py; its options are its own
 
 A row is one command, `python train.py --model M OPTIONS --steps N --samples 0`. It is run --repeat times.
@@ -280,7 +281,7 @@ def machine_and_versions(name: str, device: str | None) -> dict:
     if (where := torch.device(usable_device(device))).type == "cuda":
         machine = f"{torch.cuda.get_device_name(where)}; {machine}"
     versions = {"Python": platform.python_version(), "torch": torch.__version__}
-    for package in PEER_VERSIONS if name in ("peers", "speed") else ():
+    for package in PEER_VERSIONS[:1] if name == "serving" else PEER_VERSIONS if name in ("peers", "speed") else ():
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -371,6 +372,10 @@ def main(argv: list[str] | None = None) -> bool:
         from bench import methods
         return methods.main(argv[1:], machine_and_versions("methods", None),
                             shlex.join(["python", "-m", "bench", *without_paths(argv)]))
+    if argv[:1] == ["serving"]:
+        from bench import serving
+        return serving.main(argv[1:], machine_and_versions("serving", "cpu"),
+                            shlex.join(["python", "-m", "bench", *without_paths(argv)]))
     if argv[:1] == ["gpu"]:
         from bench import gpu
         return gpu.main(argv[1:], machine_and_versions("gpu", "cpu"), PREDICT)
@@ -378,8 +383,8 @@ def main(argv: list[str] | None = None) -> bool:
     argv, extra = argv[:cut], argv[cut + 1:]
     p = argparse.ArgumentParser(
         prog="python -m bench", usage="python -m bench NAME [options] [-- OPTIONS OF TRAIN.PY]",
-        description="The README's tables and pictures. Three more have options of their own: python -m bench faults --help, "
-                    "python -m bench gpu --help, python -m bench methods --help.",
+        description="The README's tables and pictures. Four more have options of their own: python -m bench faults --help, "
+                    "python -m bench gpu --help, python -m bench methods --help, python -m bench serving --help.",
         epilog="Finished runs are kept in DIR/NAME-MODEL.json. With --resume, they are used again if the row, model, data, "
                "steps, repetitions, device and train.py options are the same (the commit may be another); failed rows are "
                "tried again. Without --resume, a finished file is replaced, and an unfinished file is an error.")

@@ -28,11 +28,13 @@ def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool 
     float32 (phi.py needs this); the result is 16 bit again.
     """
     if isinstance(mask, list):
-        tokens, y = q.transpose(1, 2), []  # (B, T, H, D)
-        for rows, some, slots, S, its_mask in mask:
-            x = tokens.flatten(0, 1)[some].unflatten(0, (rows, -1)).transpose(1, 2)
-            y.append(attend(x, k[slots, :, :S], v[slots, :, :S], None, its_mask, float32).transpose(1, 2).flatten(0, 1))
-        return torch.cat(y).view(tokens.shape).transpose(1, 2)
+        B, H, T, D = q.shape
+        q, y = q.transpose(0, 1).reshape(1, H, B * T, D), []
+        for rows, tokens, slots, S, its_mask in mask:  # several rows have one token each
+            x = q[:, :, tokens].transpose(0, 2) if rows > 1 else q[:, :, tokens]
+            x = attend(x, k[slots, :, :S], v[slots, :, :S], None, its_mask, float32)
+            y.append(x.transpose(0, 2) if rows > 1 else x)
+        return (y[0] if len(y) == 1 else torch.cat(y, 2)).reshape(H, B, T, D).transpose(0, 1)
     if q.dtype != torch.float32:
         trained = mask is None and (q.requires_grad or k.requires_grad or v.requires_grad)
         if trained and (float32 or device_of(q.device).float32_backward):

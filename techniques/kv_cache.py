@@ -27,7 +27,7 @@ from errors import UserError
 
 
 def seen(starts: list[int], n: int, S: int, device) -> Tensor | None:
-    """The mask (rows, 1, n, S) of rows that add n tokens each to `starts` earlier ones. None: causal attention is right.
+    """The mask (rows, 1, n, S) of rows that add n tokens each to `starts` earlier ones. None: causal attention it is.
 
     Token t of row b sees the places s <= starts[b] + t.
     """
@@ -97,7 +97,11 @@ class KVCache:
             self.plan(k.shape[0], k.shape[2], k.device)
         self.allocate(layer, k)
         for kept, new in ((self.k[layer], k), (self.v[layer], v)):
-            kept[self.target[0], :, self.target[1]] = new.transpose(1, 2).flatten(0, 1)  # (B * T, K, D)
+            if self.target is None:
+                (_, _, slot, S, _), = self.texts
+                kept[slot, :, S - new.shape[2]:S] = new
+            else:
+                kept[self.target[0], :, self.target[1]] = new.transpose(1, 2).flatten(0, 1)  # (B * T, K, D)
         if layer == self.n_layer - 1:  # the tokens count when every layer has added them
             for slot, end in self.ends.items():
                 self.lengths[slot] = end
@@ -130,8 +134,6 @@ class KVCache:
         self.ends = {slot: a + n for slot, a, n in zip(slots, start, counts)}
         if max(self.ends.values()) > self.max_length:
             raise ValueError(f"the KV cache has room for {self.max_length} tokens, not for {max(self.ends.values())}")
-        self.target = torch.tensor([(slot, a + t) for slot, a, n in zip(slots, start, counts) for t in range(n)],
-                                   device=device).T
         self.texts, at, b = [], 0, 0
         while b < len(slots):
             end = b + 1
@@ -141,6 +143,10 @@ class KVCache:
             self.texts.append((end - b, slice(at, at + n), slice(slots[b], slots[b] + end - b), S,
                                seen(start[b:end], counts[b], S, device)))
             at, b = at + n, end
+        self.target = None  # a slice is faster to write than places one by one
+        if len(slots) > 1:
+            self.target = torch.tensor([(slot, a + t) for slot, a, n in zip(slots, start, counts) for t in range(n)],
+                                       device=device).T
 
     def release(self, slot: int):
         """Forget a slot's tokens: another conversation can have it. A nan that it holds must not reach that one."""

@@ -14,8 +14,8 @@ COMMANDS = {"train", "generate", "compare", "serve", "export"}
 # Floors, the lowest first. A file imports from its own floor and from those below.
 FLOORS = [{"errors", "terminal"}, {"techniques"}, {*MODELS, "lora", "memory"}, {"methods"}, {"files"}, {"data"}, {"run"},
           {"ledger"}, {"serving"}, COMMANDS, {"bench"}]
-# Few files import from a command: train.py, the comparison and the server take generate.py's sampling, and a run can end with
-# a comparison; the prediction and the bench of a GPU run the training step, the fault campaign whole commands.
+# Few files import from a command: train.py, the comparison and the server take generate.py's sampling, and a run can end
+# with a comparison; the prediction and the bench of a GPU run the training step, the fault campaign whole commands.
 FROM_COMMANDS = {("train", "generate"), ("train", "compare"), ("compare", "generate"), ("run.comparison", "generate"),
                  ("serve", "generate"), ("serving.engine", "generate"),
                  ("ledger.predict", "train"), ("bench.gpu_claims", "train"),
