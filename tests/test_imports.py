@@ -20,7 +20,7 @@ FROM_COMMANDS = {("train", "generate"), ("train", "compare"), ("compare", "gener
                  ("serve", "generate"), ("serving.engine", "generate"),
                  ("ledger.predict", "train"), ("bench.gpu_claims", "train"),
                  ("bench.fault_base", "train"), ("bench.faults", "train"), ("bench.faults", "generate"),
-                 ("bench.methods", "train")}
+                 ("bench.methods", "train"), ("bench.serving", "generate")}
 FOLDERS = {"techniques", "methods", "files", "run", "ledger", "serving", "bench"}
 CORE = ("train", "gpt2", "lora", "techniques.loss", "techniques.recompute", "techniques.attention")
 
