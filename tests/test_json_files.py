@@ -132,7 +132,7 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize("seed", range(3))
 def test_damage_at_random_is_one_line_or_a_finite_result(seed, places):
     rng, refused = random.Random(seed), 0
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"{path} hangs: {damaged[:500]}"))
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"{path} hangs: {damaged[:500]}"))
     for _ in range(150):
         path, act, args = rng.choice(places)
         whole = path.read_bytes()
@@ -147,4 +147,5 @@ def test_damage_at_random_is_one_line_or_a_finite_result(seed, places):
         finally:
             signal.alarm(0)
             path.write_bytes(whole)
+    signal.signal(signal.SIGALRM, before)  # another test's process may be ended by an alarm
     assert 80 < refused < 150

@@ -170,11 +170,12 @@ def test_a_pipe_or_a_device_is_refused_at_once(name, llama_folder):
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/null")):
         swap(llama_folder / name, make)
         end = os.open(llama_folder / name, os.O_RDWR)  # so that even a program that opens the pipe does not wait there
-        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+        before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
         signal.alarm(10)
         with pytest.raises(UserError, match=f"{name}: not a regular file"):
             weights.load(llama_folder)
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
         os.close(end)
         assert not hub.is_complete(llama_folder)
 
