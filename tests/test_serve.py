@@ -275,7 +275,7 @@ def test_a_stream_never_splits_a_character(live, folder):
     smile, e = tokenizer.encode("\U0001f600"), tokenizer.encode("\u00e9")
     bias = dict.fromkeys((*e, *smile) if set(e) <= set(tokens) else smile, 100)
     n_whole = 0
-    for seed in range(12):
+    for seed in range(5):
         wanted = said(folder, "x", seed=seed, max_new_tokens=40, temperature=2.0, logit_bias=bias)
         options = {"prompt": "x", "seed": seed, "max_tokens": 40, "temperature": 2, "logit_bias": {str(k): v for k, v in bias.items()}}
         pieces = [c["choices"][0]["text"] for c in live.stream(TEXT, **options)]
@@ -387,3 +387,359 @@ def test_null_is_the_default_and_unknown_fields_are_accepted(live, folder):
     assert len({live.good(TEXT, prompt="hello")["choices"][0]["text"] for _ in range(3)}) == 3  # no seed: a random one
     short = live.good(CHAT, messages=[{"role": "user", "content": "x"}], max_tokens=50, max_completion_tokens=2)
     assert short["usage"]["completion_tokens"] == 2
+
+
+# ---------------------------------------------------------------------------------------------- the engine, step by step
+
+class Said(engines.Job):
+    """A job that keeps its events."""
+
+    def __init__(self, folder, asked, name=None, adapter=None, **options):
+        model, tokenizer, _ = reference(folder)
+        self.events, self.wanted = [], said(folder, asked, adapter=name, **options)
+        super().__init__(generate.Reply(model.config, self.wanted.ids, tokenizer, adapter=adapter and adapter.key,
+                                        **{"temperature": 1.0, "top_p": 1.0, **options}), self.events.append, adapter)
+
+    def right(self):
+        return ("".join(e.text for e in self.events), self.events[-1].finish_reason) == (self.wanted.text, self.wanted.finish_reason)
+
+
+@pytest.fixture
+def still(place, folder):
+    """An engine whose thread does not run: the test makes its steps."""
+    engine = engines.Engine(weights.load(folder), slots=3, waiting=2)
+    for name in "ab":
+        engine.load(name, place / "gpt2-adapters" / name)
+    return engine
+
+
+@torch.no_grad()
+def go(engine, steps=10**6):
+    while steps and (engine.waiting or engine.running):
+        engine.admit()
+        if engine.running:
+            engine.advance()
+        steps -= 1
+
+
+def test_prompts_are_read_in_pieces_beside_running_replies(still, folder, monkeypatch):
+    monkeypatch.setattr(engines, "PIECE", 5)
+    monkeypatch.setattr(engines, "LONE_PIECE", 7)
+    first = Said(folder, "a short one", "a", still.adapters["a"], seed=1, max_new_tokens=30)
+    still.submit([first])
+    go(still, 2)
+    jobs = [Said(folder, (*range(200, 200 + n),), seed=n, max_new_tokens=9) for n in (23, 11)]
+    still.submit(jobs)
+    before, reads = len(first.reply.new), []
+    for n in range(1, 8):  # 34 ids in pieces of 5, the older prompt first
+        go(still, 1)
+        reads.append([j.n_read for j in jobs])
+        assert len(first.reply.new) == before + n  # it is not kept waiting
+    assert reads == [[5, 0], [10, 0], [15, 0], [20, 0], [23, 2], [23, 7], [23, 11]]
+    go(still)
+    assert first.right() and all(j.right() for j in jobs)
+    lone = Said(folder, (*range(300, 320),), max_new_tokens=2)
+    still.submit([lone])
+    go(still, 2)
+    assert lone.n_read == 14
+    go(still)
+    assert lone.right() and still.cache.lengths == [0] * 3
+
+
+def test_the_last_slot_moves_when_a_middle_one_ends(still, folder):
+    jobs = [Said(folder, text, seed=n, max_new_tokens=n) for text, n in (("hello", 25), ("you", 4), ("the sea " * 9, 20))]
+    late = Said(folder, "one more", "b", still.adapters["b"], max_new_tokens=12)
+    still.submit([*jobs, late])
+    go(still, 5)
+    assert still.running == [jobs[0], jobs[2], late] or still.running == [jobs[0], jobs[2]]
+    assert still.cache.lengths[1] > 20  # the long text is there now
+    go(still)
+    assert all(j.right() for j in (*jobs, late)) and not any(still.cache.lengths)
+
+
+def test_cancel_and_deadline(still, folder):
+    jobs = [Said(folder, "hello", seed=n, max_new_tokens=30) for n in range(5)]
+    still.submit(jobs)
+    with pytest.raises(engines.Busy, match="3 requests run and 2 wait|5 wait"):
+        still.submit([Said(folder, "hello", max_new_tokens=3)])
+    go(still, 3)
+    still.cancel([jobs[1], jobs[3]])  # one runs, one waits
+    jobs[0].deadline = jobs[4].deadline = 0
+    go(still, 1)
+    assert still.running == [jobs[2]]
+    assert jobs[0].events[-1].finish_reason == "length" and jobs[0].wanted.text.startswith(jobs[0].reply.text)
+    assert "".join(e.text for e in jobs[0].events) == jobs[0].reply.text != ""
+    assert isinstance(jobs[4].events[-1].error, engines.Late)
+    more = Said(folder, "and", max_new_tokens=4)
+    still.submit([more])
+    go(still)
+    assert jobs[2].right() and more.right()
+    ends = {k[1]: n for k, n in still.counts.items() if isinstance(k, tuple)}
+    assert ends == {"cancelled": 2, "length": 3, "error": 1}
+    still.stop()
+    with pytest.raises(engines.Stopped):
+        still.submit([more])
+
+
+def test_a_call_that_nobody_waits_for(still):
+    """It is left out. set_result would raise, and end the thread."""
+    still.start()
+    hold, held = threading.Event(), threading.Event()
+    first = still.call(lambda: held.set() or hold.wait(20))
+    assert held.wait(20)
+    gone, failed, after = still.call(lambda: 1), still.call(lambda: 1 / 0), still.call(lambda: 2)
+    assert gone.cancel()
+    hold.set()
+    assert first.result(20) and after.result(20) == 2 and isinstance(failed.exception(20), ZeroDivisionError)
+    still.stop()
+    still.thread.join(20)
+    assert not still.thread.is_alive()
+
+
+def test_an_error_of_the_engine_itself_leaves_nobody_waiting(still, folder, monkeypatch):
+    job, end = Said(folder, "hello", max_new_tokens=30), threading.excepthook
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(still, "advance", lambda: 1 / 0)
+    still.submit([job])
+    still.start()
+    wait_for(lambda: job.events)
+    assert job.events[-1].finish_reason == "length" and still.stopping and end
+    with pytest.raises(engines.Stopped):
+        still.call(lambda: 1)
+
+
+# ---------------------------------------------------------------------------------------------- the engine, over HTTP
+
+def in_background(function, n=1):
+    pool = ThreadPoolExecutor(n)
+    try:
+        return [pool.submit(function, i) for i in range(n)]
+    finally:
+        pool.shutdown(wait=False)
+
+
+LONG = {"max_tokens": 400, "temperature": 0, "logit_bias": {"4095": -100}}
+
+
+def test_a_full_queue_is_429_and_waiting_has_its_limit(place, folder, slow):
+    live = Live("--model", folder, "--slots", 1, "--queue", 1, "--keep-alive", 0.05, "--deadline", 1.5)
+    try:
+        one = live.stream(TEXT, prompt="x", **LONG)
+        first = [next(one)]
+        two = live.stream(TEXT, prompt="y", **LONG)
+        assert next(two) is None  # a comment while it waits
+        assert live.ask("/metrics")[1].count("bytewise_requests_waiting 1\n") == 1
+        refused = live.send(TEXT, {"prompt": "z"})
+        assert refused.status == 429 and int(refused.headers["Retry-After"]) > 0
+        error = json.loads(refused.read())["error"]
+        assert error["code"] == "rate_limit_exceeded" and "1 wait" in error["message"]
+        refused.connection.close()
+        # never, however long it waits
+        status, answer = live.ask(TEXT, {"prompt": ["x", "y", "z"]})
+        assert status == 400 and "3" in answer["error"]["message"], answer
+        (rest,) = joined([*first, *one])
+        whole = said(folder, "x", max_new_tokens=400, temperature=0, logit_bias={4095: -100}).text
+        assert rest["end"] == "length" and rest["text"] and whole.startswith(rest["text"]) and len(rest["text"]) < len(whole)
+        late = [c for c in two if c]
+        assert late == [] or late[-1].get("error", {}).get("code") == "unavailable" or late[-1]["choices"]
+        hold = live.stream(TEXT, prompt="x", **LONG)
+        next(hold)
+        waits = live.send(TEXT, {"prompt": "y"})
+        assert waits.status in (200, 503)
+        waits.read()
+        waits.connection.close()
+        for _ in hold:
+            pass
+        live.quiet()
+    finally:
+        live.close()
+
+
+def test_a_waiting_request_that_is_late_is_503(live, slow):
+    """Its deadline is set here, because all slots must run on."""
+    runs = [live.stream(TEXT, prompt="x", **LONG) for _ in range(4)]
+    for r in runs:
+        next(r)
+    whole, stream = in_background(lambda i: live.ask(TEXT, {"prompt": "y"}) if i else list(live.stream(TEXT, prompt="y")), 2)[::-1]
+    wait_for(lambda: len(live.engine.waiting) == 2)
+    for job in list(live.engine.waiting):
+        job.deadline = 0
+    status, answer = whole.result(20)
+    assert status == 503 and answer["error"]["code"] == "unavailable" and "no slot was free" in answer["error"]["message"]
+    assert stream.result(20)[-1]["error"] == answer["error"]
+    for r in runs:
+        r.close()
+
+
+def test_a_forward_that_fails_ends_its_replies_only(live, folder, monkeypatch, capsys):
+    real, fail, reached = engines.step, threading.Event(), threading.Event()
+
+    def step(*args):
+        time.sleep(0.01)
+        if len(args[2]) == 3:
+            reached.set()
+            if fail.is_set():
+                fail.clear()
+                raise MemoryError("no room")
+        return real(*args)
+
+    monkeypatch.setattr(engines, "step", step)
+    stream, *wholes = in_background(lambda i: live.ask(TEXT, {"prompt": "x", **LONG}) if i else
+                                    list(live.stream(TEXT, prompt="x", **LONG)), 3)
+    assert reached.wait(20)
+    fail.set()
+    for status, answer in (w.result(20) for w in wholes):
+        assert status == 500 and answer["error"]["type"] == "server_error" and "MemoryError" in answer["error"]["message"]
+    assert "MemoryError" in stream.result(20)[-1]["error"]["message"]
+    live.quiet()
+    assert live.good(TEXT, prompt="x", seed=3)["choices"][0]["text"] == said(folder, "x", seed=3, max_new_tokens=16).text
+
+
+def test_nan_of_one_adapter_ends_its_rows_only(live, folder, slow):
+    layer = next(iter(several.of(live.engine.model, "a").values()))
+    B = next(p for n, p in layer.named_parameters() if "lora_B" in n)
+    kept = B.data.clone()
+    live.engine.call(lambda: B.data.fill_(float("nan"))).result(20)
+    try:
+        asked = [("a", "x"), (None, "x"), ("b", "x"), ("a", "y"), ("b", "y"), (None, "y")]
+        found = in_background(lambda i: live.ask(TEXT, {"model": asked[i][0], "prompt": asked[i][1], "seed": i}), 6)
+        for i, ((name, text), f) in enumerate(zip(asked, found)):
+            status, answer = f.result(20)
+            if name == "a":
+                assert status == 500 and "not finite" in answer["error"]["message"]
+            else:
+                assert answer["choices"][0]["text"] == said(folder, text, adapter=name, seed=i, max_new_tokens=16).text
+        status, answer = live.ask(TEXT, {"model": "a", "prompt": "x y z", "max_tokens": 0, "echo": True, "logprobs": 1})
+        assert status == 500 and "not finite" in answer["error"]["message"]  # no token is chosen here
+    finally:
+        live.engine.call(lambda: B.data.copy_(kept)).result(20)
+    assert live.good(TEXT, prompt="x", seed=1, model="a")["choices"][0]["text"] == said(folder, "x", adapter="a", seed=1,
+                                                                                        max_new_tokens=16).text
+
+
+def hang_up(response):
+    """As a client that is killed: its socket is closed while the answer comes."""
+    response.connection.sock and response.connection.sock.close()
+    response.close()
+    response.connection.close()
+
+
+def test_a_client_that_hangs_up_frees_its_slots(live, slow):
+    body = {"prompt": ["x", "y"], "n": 3, **LONG}
+    stream = live.send(TEXT, {**body, "stream": True})
+    wait_for(lambda: len(live.engine.running) == 4 and len(live.engine.waiting) == 2)
+    stream.readline()
+    hang_up(stream)
+    began = time.monotonic()
+    live.quiet()
+    assert time.monotonic() - began < 2
+    c = http.client.HTTPConnection("127.0.0.1", live.port)
+    c.request("POST", TEXT, json.dumps(body))
+    wait_for(lambda: len(live.engine.running) == 4 and len(live.engine.waiting) == 2)
+    time.sleep(0.05)  # tokens come all the time
+    c.close()
+    began = time.monotonic()
+    live.quiet()
+    assert time.monotonic() - began < 2.5  # 400 tokens of 10 ms take 4 s
+    half = socket.create_connection(("127.0.0.1", live.port))
+    half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    half.close()  # before the body has come
+
+
+# ---------------------------------------------------------------------------------------------- adapters that come and go
+
+@pytest.fixture(scope="module")
+def loading(place):
+    """A server that may load what is in gpt2-adapters/allowed."""
+    allowed = place / "gpt2-adapters" / "allowed"
+    for name in "ab":
+        shutil.copytree(place / "gpt2-adapters" / name, allowed / "deep" / name)
+    peft_files.save(adapted(make_folder(place / "wide", n_embd=48), 0), allowed / "wide")
+    peft_files.save(adapted(place / "gpt2", 0, method=dora), allowed / "dora")
+    (allowed / "link").symlink_to(place / "gpt2-adapters" / "a")
+    shutil.copytree(place / "gpt2-adapters" / "a", allowed / "linked")
+    (allowed / "linked" / "adapter_config.json").unlink()
+    (allowed / "linked" / "adapter_config.json").symlink_to(place / "gpt2-adapters" / "a" / "adapter_config.json")
+    (allowed / "deeplink").symlink_to(allowed / "deep")
+    live = Live("--model", place / "gpt2", "--allow-loading", allowed, "--slots", 3)
+    yield live
+    live.close()
+
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+def test_a_reloaded_adapter(loading, place, folder, slow):
+    """A reply that runs goes on with the weights with which it began. Then they go."""
+    spot = place / "gpt2-adapters" / "allowed" / "changing"
+    shutil.copytree(place / "gpt2-adapters" / "a", spot)
+    model, n = loading.engine.model, sum(p.numel() for p in loading.engine.model.parameters())
+    assert loading.ask(LOAD, {"lora_name": "mine", "lora_path": "changing"})[0] == 200
+    assert [(m["id"], m["parent"]) for m in loading.ask("/v1/models")[1]["data"]] == [("gpt2", None), ("mine", "gpt2")]
+    body = {"model": "mine", "prompt": "hello", "seed": 2, "max_tokens": 60}
+    old = said(folder, "hello", adapter="a", seed=2, max_new_tokens=60).text
+    new = said(folder, "hello", adapter="newer", seed=2, max_new_tokens=60).text
+    runs, = in_background(lambda i: loading.good(TEXT, **body))
+    wait_for(lambda: loading.engine.running and loading.engine.running[0].reply.new)
+    shutil.rmtree(spot)
+    shutil.copytree(place / "gpt2-adapters" / "newer", spot)
+    assert loading.ask(LOAD, {"lora_name": "mine", "lora_path": str(spot)})[0] == 200
+    assert not runs.done() and len(several.names(model)) == 2
+    assert loading.good(TEXT, **body)["choices"][0]["text"] == new != old
+    assert runs.result(20)["choices"][0]["text"] == old
+    loading.quiet()
+    assert len(several.names(model)) == 1
+    runs, = in_background(lambda i: loading.good(TEXT, **body))
+    wait_for(lambda: loading.engine.running and loading.engine.running[0].reply.new)
+    assert loading.ask(UNLOAD, {"lora_name": "mine"})[0] == 200
+    status, answer = loading.ask(TEXT, body)
+    assert status == 404 and answer["error"]["code"] == "model_not_found" and "gpt2" in answer["error"]["message"]
+    assert not runs.done() and runs.result(20)["choices"][0]["text"] == new
+    loading.quiet()
+    assert several.names(model) == [] and sum(p.numel() for p in model.parameters()) == n
+    shutil.rmtree(spot)
+
+
+@pytest.mark.parametrize("body, says", [
+    ({"lora_path": "../a"}, "not below"), ({"lora_path": "deep/../../b"}, "not below"), ({"lora_path": "/etc"}, "not below"),
+    ({"lora_path": "deep/a/.."}, "not below"), ({"lora_path": "a\0b"}, "not below"),
+    ({"lora_path": "link"}, "links"), ({"lora_path": "linked"}, "links"), ({"lora_path": "deeplink/a"}, "links"),
+    ({"lora_path": "nothing"}, "no such folder"), ({"lora_path": "x" * 5000}, "no such folder"),
+    ({"lora_path": "\ud800"}, "no such folder"), ({"lora_path": "linked/adapter_model.safetensors"}, "no such folder"),
+    ({"lora_path": "wide"}, "wide"), ({"lora_path": "dora"}, "DoRA"), ({"lora_path": "deep"}, "adapter_config.json"),
+    ({"lora_path": "deep/a", "lora_name": "gpt2"}, "base"), ({"lora_path": "deep/a", "lora_name": "../x"}, "named"),
+    ({"lora_path": "deep/a", "lora_name": "\ud800"}, "named"),
+    ({"lora_path": 5}, "two strings"), ({"lora_name": None, "lora_path": "deep/a"}, "two strings")])
+def test_what_may_not_be_loaded(body, says, loading):
+    status, answer = loading.ask(LOAD, {"lora_name": "x", **body})
+    message = answer["error"]["message"]
+    assert 400 <= status < 500 and says in message and "\n" not in message, answer
+    assert several.names(loading.engine.model) == list(loading.engine.adapters) == []
+
+
+def test_loading_is_off_without_the_option(live, loading):
+    for path in (LOAD, UNLOAD):
+        assert live.ask(path, {"lora_name": "x", "lora_path": "y"})[0] == 404
+    for name in ("x", None, [1], {}, "\ud800"):
+        assert loading.ask(UNLOAD, {"lora_name": name})[0] == 404
+
+
+def test_adapters_that_cannot_share_are_served_alone(place, folder):
+    tokenizer = reference(folder)[1]
+    for method in (dora, ia3, prompt, prefix):
+        out = place / "gpt2-adapters" / method.__name__.rpartition(".")[2]
+        peft_files.save(adapted(folder, 7, method), out)
+        live = Live("--model", folder, "--adapter", out, "--slots", 2)
+        try:
+            model = peft_files.load(weights.load(folder), out).eval()
+            reply = functools.partial(generate.reply, model, tokenizer, max_new_tokens=12, temperature=1.0, top_p=1.0)
+            texts = ["hello", "the sea " * 50, "hello"]
+            found = in_background(lambda i: live.good(TEXT, prompt=texts[i], seed=i, max_tokens=12), 3)
+            for i, f in enumerate(found):
+                assert f.result(20)["choices"][0]["text"] == reply(tokenizer.encode(texts[i]), seed=i), method
+            assert [m["id"] for m in live.ask("/v1/models")[1]["data"]] == [out.name]
+            assert live.good(TEXT, prompt="x", model=out.name, max_tokens=1)["model"] == out.name
+            assert live.ask(TEXT, {"prompt": "x", "model": "gpt2"})[0] == 404  # the base is not there
+            live.quiet()
+        finally:
+            live.close()
