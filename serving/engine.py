@@ -222,6 +222,8 @@ class Engine:
                     self.changed.wait()
                 calls, self.calls = self.calls, deque()
             for function, done in calls:
+                if not done.set_running_or_notify_cancel():  # nobody waits for it any more
+                    continue
                 try:
                     done.set_result(function())
                 except BaseException as e:
@@ -234,7 +236,8 @@ class Engine:
         with self.changed:
             self.stopping = True
             for _, done in self.calls:
-                done.set_exception(Stopped("the server is stopping"))
+                if done.set_running_or_notify_cancel():
+                    done.set_exception(Stopped("the server is stopping"))
         while self.waiting:
             self.end(self.waiting.popleft(), error=Stopped("the server is stopping"))
         while self.running:

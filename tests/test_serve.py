@@ -518,7 +518,7 @@ def in_background(function, n=1):
         pool.shutdown(wait=False)
 
 
-LONG = {"max_tokens": 400, "temperature": 0, "logit_bias": {"4095": -100}}
+LONG = {"max_tokens": 400, "seed": 1, "logit_bias": {"4095": -100}}
 
 
 def test_a_full_queue_is_429_and_waiting_has_its_limit(place, folder, slow):
@@ -538,7 +538,7 @@ def test_a_full_queue_is_429_and_waiting_has_its_limit(place, folder, slow):
         status, answer = live.ask(TEXT, {"prompt": ["x", "y", "z"]})
         assert status == 400 and "3" in answer["error"]["message"], answer
         (rest,) = joined([*first, *one])
-        whole = said(folder, "x", max_new_tokens=400, temperature=0, logit_bias={4095: -100}).text
+        whole = said(folder, "x", max_new_tokens=400, seed=1, logit_bias={4095: -100}).text
         assert rest["end"] == "length" and rest["text"] and whole.startswith(rest["text"]) and len(rest["text"]) < len(whole)
         late = [c for c in two if c]
         assert late == [] or late[-1].get("error", {}).get("code") == "unavailable" or late[-1]["choices"]
