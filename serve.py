@@ -158,14 +158,16 @@ class Server:
         return await self.whole(answer, events, request)
 
     async def whole(self, answer: Answer, events: asyncio.Queue, request: Request) -> Response:
-        left = len(answer.jobs)
+        left, looked = len(answer.jobs), time.monotonic()
         try:
             while left:
+                if time.monotonic() > looked + 0.5:  # also while tokens come all the time
+                    if await request.is_disconnected():
+                        return Response(status_code=499)  # nobody reads it
+                    looked = time.monotonic()
                 try:
                     number, event = await asyncio.wait_for(events.get(), 0.5)
                 except TimeoutError:
-                    if await request.is_disconnected():
-                        return Response(status_code=499)  # nobody reads it
                     continue
                 if event.error:
                     raise event.error
