@@ -384,9 +384,14 @@ def below(folder: Path, path: str) -> Path:
     if "\0" in path or ".." in Path(path).parts or not (place := folder / path).is_relative_to(folder):
         raise BadRequest(f"lora_path {show(path)} is not below the folder of --allow-loading", "lora_path", 403)
     steps = [place, *place.parents]
-    if any(p.is_symlink() for p in (*steps[:steps.index(folder)], *(place.iterdir() if place.is_dir() else ()))):
+    try:
+        is_folder = place.is_dir()
+        has_link = any(p.is_symlink() for p in (*steps[:steps.index(folder)], *(place.iterdir() if is_folder else ())))
+    except OSError:  # a name that is too long, a folder that this user may not read
+        is_folder = has_link = False
+    if has_link:
         raise BadRequest(f"lora_path {show(path)}: links are not followed", "lora_path", 403)
-    if not place.is_dir():
+    if not is_folder:
         raise BadRequest(f"lora_path {show(path)}: there is no such folder", "lora_path")
     return place
 
