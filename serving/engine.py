@@ -297,6 +297,8 @@ class Engine:
         reply, tokens = job.reply, []
         if job.echo and read:
             tokens = [] if job.n_read else [Token(reply.ids[0])]
+            if not logits.isfinite().all():  # (with max_tokens 0 no token is chosen, so `add` does not see it)
+                raise UserError("the logits are not finite (NaN or infinity): the model or its adapter is damaged")
             following = reply.ids[job.n_read + 1:job.n_read + len(read) + 1]
             tokens += logprobs(logits[:len(following)], following, job.top or 0)
         job.n_read += len(read)
