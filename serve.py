@@ -145,6 +145,9 @@ class Server:
                                     deadline))
         except UserError as e:
             raise as_bad_request(e, "messages" if is_chat else "prompt") from None
+        if len(jobs) > (most := self.args.slots + self.args.queue):
+            raise BadRequest(f"the request asks for {len(jobs)} replies; the server has room for {most} (--slots and --queue)",
+                             "prompt" if len(prompt_ids) > 1 else "n")
         said = [text if wanted.echo else "" for text in texts for _ in range(wanted.n)]
         answer = Answer(jobs, wanted, wanted.model or self.names()[0], is_chat, self.tokenizer, said)
         try:
