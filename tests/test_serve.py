@@ -35,6 +35,8 @@ from serving import engine as engines
 
 FAMILIES = ["gpt2", "llama"]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+# A random model's 4,096 tokens are all about as likely, so rounding would change a draw now and then. Among 20 it does not.
+DRAW = {"temperature": 1.0, "top_p": 1.0, "top_k": 20}
 POSITIONS = {"gpt2": "n_positions", "llama": "max_position_embeddings"}
 
 
@@ -73,7 +75,7 @@ def said(folder, asked, **options) -> generate.Reply:
     model, tokenizer, template = reference(folder)
     ids = (data.prompt_ids([{"role": "user", "content": asked[0]}], template, tokenizer) if isinstance(asked, list) else
            list(asked) if isinstance(asked, tuple) else tokenizer.encode(asked))
-    reply = generate.Reply(model.config, ids, tokenizer, **{"temperature": 1.0, "top_p": 1.0, **options})
+    reply = generate.Reply(model.config, ids, tokenizer, **{**DRAW, **options})
     for _ in generate.run(model, [reply]):
         pass
     return reply
@@ -106,6 +108,8 @@ class Live:
     def send(self, path, body=None, headers=(), method=None) -> http.client.HTTPResponse:
         """body: bytes as they are, or what becomes JSON."""
         c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        if path in (TEXT, CHAT) and isinstance(body, dict):
+            body = {**DRAW, **body}
         given = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         c.request(method or ("GET" if body is None else "POST"), path, given, dict(headers))
         response = c.getresponse()
@@ -209,11 +213,11 @@ def test_a_reply_is_that_of_generate_alone_and_beside_others(family, servers, pl
     for i in range(14):
         model, asked = rng.choice([None, "a", "b"]), " ".join(rng.choices(["hello", "the", "sea", "42"], k=rng.choice([1, 9, 70])))
         options = {"temperature": rng.choice([0, 0.8, 1.3]), "seed": rng.randrange(2**32), "max_tokens": rng.randint(1, 30),
-                   "top_p": rng.choice([0.5, 1]), "top_k": rng.choice([-1, 0, 7]), "min_p": rng.choice([0, 0.01]),
+                   "top_p": rng.choice([0.5, 1]), "top_k": rng.choice([3, 20]), "min_p": rng.choice([0, 0.01]),
                    "repetition_penalty": rng.choice([1, 1.4])}
         requests.append((i % 2 == 0, model, asked, options))
     wanted = [said(folder, [asked] if is_chat else asked, adapter=model, max_new_tokens=o["max_tokens"],
-                   **{k: max(v, 0) if k == "top_k" else v for k, v in o.items() if k != "max_tokens"})
+                   **{k: v for k, v in o.items() if k != "max_tokens"})
               for is_chat, model, asked, o in requests]
 
     def reply(request):
@@ -376,8 +380,8 @@ def test_null_is_the_default_and_unknown_fields_are_accepted(live, folder):
     nothing = dict.fromkeys(["temperature", "top_p", "top_k", "min_p", "n", "stop", "stream", "stream_options", "logprobs",
                              "logit_bias", "presence_penalty", "frequency_penalty", "echo", "user", "model", "tools",
                              "response_format"])
-    wanted = said(folder, "hello", seed=1, max_new_tokens=16)
-    for more in ({}, nothing, {"store": True, "metadata": {"a": 1}, "new in 2031": [[]], "tools": [], "best_of": 1,
+    wanted = said(folder, "hello", seed=1, max_new_tokens=16, top_k=0)
+    for more in ({"top_k": -1}, nothing, {"top_k": 0, "store": True, "metadata": {"a": 1}, "new in 2031": [[]], "tools": [], "best_of": 1,
                                "response_format": {"type": "text"}}):
         answer = live.good(TEXT, prompt="hello", seed=1, **more)
         assert answer["choices"][0]["text"] == wanted.text and answer["choices"][0]["logprobs"] is None
@@ -398,7 +402,7 @@ class Said(engines.Job):
         model, tokenizer, _ = reference(folder)
         self.events, self.wanted = [], said(folder, asked, adapter=name, **options)
         super().__init__(generate.Reply(model.config, self.wanted.ids, tokenizer, adapter=adapter and adapter.key,
-                                        **{"temperature": 1.0, "top_p": 1.0, **options}), self.events.append, adapter)
+                                        **{**DRAW, **options}), self.events.append, adapter)
 
     def right(self):
         return ("".join(e.text for e in self.events), self.events[-1].finish_reason) == (self.wanted.text, self.wanted.finish_reason)
@@ -473,7 +477,8 @@ def test_cancel_and_deadline(still, folder):
     more = Said(folder, "and", max_new_tokens=4)
     still.submit([more])
     go(still)
-    assert jobs[2].right() and more.right()
+    assert jobs[2].right(), (jobs[2].reply.new, jobs[2].wanted.new)
+    assert more.right(), (more.reply.new, more.wanted.new, more.wanted.finish_reason, more.events)
     ends = {k[1]: n for k, n in still.counts.items() if isinstance(k, tuple)}
     assert ends == {"cancelled": 2, "length": 3, "error": 1}
     still.stop()
@@ -596,10 +601,9 @@ def test_a_forward_that_fails_ends_its_replies_only(live, folder, monkeypatch, c
 
 
 def test_nan_of_one_adapter_ends_its_rows_only(live, folder, slow):
-    layer = next(iter(several.of(live.engine.model, "a").values()))
-    B = next(p for n, p in layer.named_parameters() if "lora_B" in n)
-    kept = B.data.clone()
-    live.engine.call(lambda: B.data.fill_(float("nan"))).result(20)
+    Bs = [p for m in several.of(live.engine.model, "a").values() for n, p in m.named_parameters() if "lora_B" in n]
+    kept = [B.data.clone() for B in Bs]
+    live.engine.call(lambda: [B.data.fill_(float("nan")) for B in Bs]).result(20)
     try:
         asked = [("a", "x"), (None, "x"), ("b", "x"), ("a", "y"), ("b", "y"), (None, "y")]
         found = in_background(lambda i: live.ask(TEXT, {"model": asked[i][0], "prompt": asked[i][1], "seed": i}), 6)
@@ -610,9 +614,9 @@ def test_nan_of_one_adapter_ends_its_rows_only(live, folder, slow):
             else:
                 assert answer["choices"][0]["text"] == said(folder, text, adapter=name, seed=i, max_new_tokens=16).text
         status, answer = live.ask(TEXT, {"model": "a", "prompt": "x y z", "max_tokens": 0, "echo": True, "logprobs": 1})
-        assert status == 500 and "not finite" in answer["error"]["message"]  # no token is chosen here
+        assert status == 500 and "not finite" in answer["error"]["message"], answer  # no token is chosen here
     finally:
-        live.engine.call(lambda: B.data.copy_(kept)).result(20)
+        live.engine.call(lambda: [B.data.copy_(x) for B, x in zip(Bs, kept)]).result(20)
     assert live.good(TEXT, prompt="x", seed=1, model="a")["choices"][0]["text"] == said(folder, "x", adapter="a", seed=1,
                                                                                         max_new_tokens=16).text
 
@@ -732,7 +736,7 @@ def test_adapters_that_cannot_share_are_served_alone(place, folder):
         live = Live("--model", folder, "--adapter", out, "--slots", 2)
         try:
             model = peft_files.load(weights.load(folder), out).eval()
-            reply = functools.partial(generate.reply, model, tokenizer, max_new_tokens=12, temperature=1.0, top_p=1.0)
+            reply = functools.partial(generate.reply, model, tokenizer, max_new_tokens=12, **DRAW)
             texts = ["hello", "the sea " * 50, "hello"]
             found = in_background(lambda i: live.good(TEXT, prompt=texts[i], seed=i, max_tokens=12), 3)
             for i, f in enumerate(found):
@@ -743,3 +747,332 @@ def test_adapters_that_cannot_share_are_served_alone(place, folder):
             live.quiet()
         finally:
             live.close()
+
+
+# ---------------------------------------------------------------------------------------------- what clients do wrong
+
+def user(content):
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+BAD = [  # route, body, a part of the message, the param
+    (CHAT, b"{", "not JSON", None), (CHAT, b"", "not JSON", None), (TEXT, b"[" * 100_000, "not JSON", None),
+    (TEXT, b'{"a":' * 100_000, "not JSON", None), (CHAT, b"\xff\xfe\xff", "not JSON", None), (CHAT, [], "JSON object", None),
+    (CHAT, "x", "JSON object", None), (TEXT, b"9" * 5000, "", None),
+    (CHAT, user("word " * 600), "tokens, the model 512 positions", "messages"),
+    (TEXT, {"prompt": "word " * 600}, "tokens, the model 512 positions", "prompt"),
+    *((CHAT, {**user("x"), "temperature": v}, "temperature", "temperature") for v in (-1, "hot", True, 3, [], {}, 10**400)),
+    (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature", "temperature"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "top_p": -Infinity}', "top_p", "top_p"),
+    *((CHAT, {**user("x"), "n": v}, "from 1 to 16", "n") for v in (10_000, 0, -1, 1.0, "2", True)),
+    *((CHAT, {**user("x"), "stop": v}, "stop", "stop") for v in (["a"] * 1000, "", 5, ["a", ""], [None], {})),
+    *((CHAT, {**user("x"), "max_tokens": v}, "max_tokens", "max_tokens") for v in (0, -1, 1.5, "9", True)),
+    (TEXT, {"prompt": "x", "max_tokens": -1}, "max_tokens", "max_tokens"),
+    *((CHAT, {**user("x"), "logit_bias": v}, "logit_bias", "logit_bias")
+      for v in ({"4096": 1}, {"999999999": 1}, {"-1": 1}, {"x": 1}, {"\u0665": 1}, [], 3, {str(i): 0 for i in range(1025)})),
+    *((CHAT, {**user("x"), "logit_bias": {"1": v}}, "logit_bias[1]", "logit_bias[1]") for v in (101, "1", None, True)),
+    (CHAT, {**user("x"), "top_logprobs": 3}, "needs logprobs", "top_logprobs"),
+    (CHAT, {**user("x"), "logprobs": True, "top_logprobs": 21}, "from 0 to 20", "top_logprobs"),
+    (CHAT, {**user("x"), "logprobs": 5}, "true or false", "logprobs"),
+    (TEXT, {"prompt": "x", "logprobs": True}, "logprobs", "logprobs"),
+    (CHAT, {**user("x"), "tools": [{"type": "function"}]}, "tools is not supported", "tools"),
+    (CHAT, {**user("x"), "response_format": {"type": "json_object"}}, "response_format is not supported", "response_format"),
+    (TEXT, {"prompt": "x", "best_of": 3}, "best_of is not supported", "best_of"),
+    *((CHAT, {**user("x"), name: v}, name, name) for name, v in (
+        ("stream", "yes"), ("stream_options", 1), ("seed", 1.5), ("seed", 2**64), ("model", 7), ("model", ["a"]), ("min_p", 2),
+        ("top_k", -2), ("repetition_penalty", 0), ("presence_penalty", 2.1), ("frequency_penalty", "1"))),
+    *((CHAT, {"messages": m}, "messages", "messages") for m in ([], None, "x", {})), (CHAT, {}, "messages", "messages"),
+    (CHAT, {"messages": ["x"]}, "messages[0]", "messages[0]"),
+    *((CHAT, {"messages": [{"role": r, "content": "x"}]}, "messages[0].role", "messages[0].role")
+      for r in ("bot", None, 3, [], {})),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content", "messages[0].content"),
+    (CHAT, user([{"type": "image_url", "image_url": {"url": "http://x"}}]), "type text", "messages[0]"),
+    (CHAT, user([{"type": "text", "text": 5}]), "type text", "messages[0]"),
+    (CHAT, user("  \n"), "empty", "messages"), (CHAT, user([]), "empty", "messages"),
+    (CHAT, {"messages": [*user("x")["messages"], {"role": "assistant", "content": "y"}]}, "user's", "messages"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "tool_calls", "messages[0]"),
+    *((TEXT, {"prompt": p}, "prompt", "prompt") for p in ([], None, 5, {}, True, [-1], [10**9], [4096], [1, -1], [[1], [4096]])),
+    *((TEXT, {"prompt": p}, "prompt[", name) for p, name in (
+        ([[]], "prompt[0]"), (["x", 5], "prompt[1]"), ([5, "x"], "prompt[0]"), ([1, None], "prompt[0]"), ([True], "prompt[0]"),
+        ([[1], []], "prompt[1]"))),
+    (TEXT, {"prompt": [[1, True]]}, "no token id", "prompt"), (TEXT, {"prompt": ["x"] * 257}, "at most 256", "prompt"),
+    (TEXT, {"prompt": ""}, "empty", "prompt"), (TEXT, {}, "prompt", "prompt"),
+    ("/tokenize", {}, "prompt", "prompt"), ("/tokenize", {"prompt": 5}, "prompt", "prompt"),
+    ("/tokenize", {"messages": user("x")["messages"], "model": ["a"]}, "model", "model"),
+    ("/detokenize", {"tokens": "x"}, "tokens", "tokens"), ("/detokenize", {"tokens": [4096]}, "4095", "tokens"),
+    ("/detokenize", {}, "tokens", "tokens"), ("/detokenize", {"tokens": [[1]]}, "tokens", "tokens")]
+
+
+@pytest.mark.parametrize("number", range(len(BAD)))
+def test_bad_input_is_a_400_that_names_the_field(number, live):
+    path, body, says, param = BAD[number]
+    status, answer = live.ask(path, body)
+    assert status == 400 and set(answer["error"]) == {"message", "type", "param", "code"}, answer
+    error = answer["error"]
+    assert says in error["message"] and error["param"] == param and error["type"] == "invalid_request_error", error
+    assert "\n" not in error["message"] and len(error["message"]) < 400
+    assert (error["code"] == "context_length_exceeded") == ("positions" in says)
+
+
+def test_a_prompt_that_is_too_long_has_both_numbers(live, folder):
+    n = len(reference(folder)[1].encode("word " * 600))
+    message = live.ask(TEXT, {"prompt": "word " * 600})[1]["error"]["message"]
+    assert str(n) in message and "512" in message
+    assert live.ask(TEXT, {"prompt": [[7] * 511]})[0] == 200 and live.ask(TEXT, {"prompt": [[7] * 512]})[0] == 400
+
+
+def test_statuses(live):
+    for status, path, method in ((404, "/nothing", "GET"), (404, "/v1/nothing", "POST"), (405, CHAT, "GET"), (405, "/", "POST")):
+        found, answer = live.ask(path, b"{}" if method == "POST" else None, method=method)
+        assert found == status and set(answer["error"]) == {"message", "type", "param", "code"} and path in answer["error"]["message"]
+    status, answer = live.ask(CHAT, {**user("x"), "model": "gpt-4"})
+    assert status == 404 and all(name in answer["error"]["message"] for name in ("gpt-4", "gpt2", "a, b"))
+    assert answer["error"]["code"] == "model_not_found"
+    assert live.ask("/v1/models/gpt-4")[0] == 404 and live.ask("/v1/models/b")[1]["id"] == "b"
+    cards = live.ask("/v1/models")[1]["data"]
+    assert [(c["id"], c["parent"], c["max_model_len"]) for c in cards] == [("gpt2", None, 512), ("a", "gpt2", 512),
+                                                                           ("b", "gpt2", 512)]
+    assert cards[1]["root"].endswith("gpt2-adapters/a")
+    status, page = live.ask("/")
+    assert status == 200 and page.startswith("<!") and live.ask("/health") == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_413(chunked, live):
+    """The client sends all of it, and then reads the answer: its connection must not break before."""
+    c = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
+    body = (b"x" * 2**20 for _ in range(9)) if chunked else b"x" * 9 * 2**20
+    c.request("POST", CHAT, body, encode_chunked=chunked, headers={"Transfer-Encoding": "chunked"} if chunked else {})
+    r = c.getresponse()
+    assert r.status == 413 and json.loads(r.read())["error"]["code"] == "request_too_large"
+    c.request("GET", "/health")  # the same connection
+    assert c.getresponse().read() == b'{"status":"ok"}'
+    c.close()
+
+
+def test_halves_of_characters(live, folder):
+    """JSON can hold half a character. It becomes U+FFFD, as in generate.py."""
+    text = live.good(TEXT, prompt="x \ud83d y", seed=1)["choices"][0]["text"]
+    assert text == said(folder, "x \ufffd y", seed=1, max_new_tokens=16).text
+    assert live.ask(CHAT, user("\ud83d"))[0] == live.ask(TEXT, {"prompt": "x", "stop": "\udc00", "user": "\ud83d"})[0] == 200
+    for body in ({"model": "\ud83d", "prompt": "x"}, {"logit_bias": {"\ud83d": 1}, "prompt": "x"},
+                 {"stream_options": "\ud83d", "prompt": "x"}, {"messages": [{"role": "\ud83d", "content": "x"}]}):
+        assert live.ask(TEXT if "prompt" in body else CHAT, body)[0] in (400, 404)
+    assert live.good("/tokenize", prompt="\ud83d")["tokens"] == reference(folder)[1].encode("\ufffd")
+    assert live.ask("/votes", {"prompt": "\ud83d", "a": "a", "b": "b", "replies": {"a": "\ud83d", "b": ""}, "vote": "a"})[0] == 204
+
+
+def test_tokenize_and_back(live, folder):
+    tokenizer = reference(folder)[1]
+    text = "Hello \u00e9\U0001f600  world\n"
+    found = live.good("/tokenize", prompt=text)
+    assert found == {"tokens": tokenizer.encode(text), "count": len(tokenizer.encode(text)), "max_model_len": 512}
+    assert live.good("/detokenize", tokens=found["tokens"]) == {"prompt": text}
+    chat = live.good("/tokenize", **user("hello"), model="a")["tokens"]
+    assert chat == said(folder, ["hello"], max_new_tokens=1).ids
+    assert live.good("/tokenize", prompt="<|endoftext|>")["tokens"] == [4095]
+    info = live.ask("/tokenizer_info")[1]
+    assert info["eos_token"] == "<|endoftext|>" and info["vocab_size"] == 4096 and "message" in info["chat_template"]
+
+
+def test_metrics(live, folder):
+    def read():
+        status, text = live.ask("/metrics")
+        assert status == 200 and text.endswith("\n")
+        found, kinds = {}, {}
+        for line in text.splitlines():
+            if line.startswith("# TYPE "):
+                _, _, name, kinds[name] = line.split()
+            elif not line.startswith("# HELP "):
+                name, labels, value = re.fullmatch(r'([a-z_]+)(\{end="[a-z]+"\})? (\S+)', line).groups()
+                assert kinds[name] in ("counter", "gauge")
+                found[name + (labels or "")] = float(value)
+        return found
+    before, n = read(), len(reference(folder)[1].encode("hello there"))
+    live.good(TEXT, prompt="hello there", max_tokens=9, n=2, logit_bias={"4095": -100})
+    after = read()
+    for name, more in (("prompt_tokens_total", 2 * n), ("generated_tokens_total", 18), ("first_token_seconds_count", 2),
+                       ('requests_total{end="length"}', 2)):
+        assert after[f"bytewise_{name}"] - before.get(f"bytewise_{name}", 0) == more, name
+    assert after["bytewise_slots"] == 4 and after["bytewise_adapters"] == 2 and after["bytewise_requests_running"] == 0
+    assert after["bytewise_kv_cache_bytes"] == live.engine.cache.nbytes and after["bytewise_resident_bytes"] > 1e8
+
+
+def test_votes(servers, place):
+    live, file = servers["llama"], place / "llama.jsonl"
+    assert live.ask("/votes") == (200, {"on": True})
+    vote = {"prompt": "which\u2028one?", "a": "llama", "b": "b", "replies": {"a": "one\n", "b": "\u00e9"}, "vote": "tie"}
+    for bad in ({"a": "x"}, {"a": "b"}, {"b": ["b"]}, {"vote": "c"}, {"vote": None}, {"prompt": 5}, {"replies": {"a": "x"}},
+                {"replies": "x"}, {"replies": {"a": 1, "b": ""}}):
+        status, answer = live.ask("/votes", {**vote, **bad})
+        assert status == 400 and answer["error"]["message"], bad
+    assert not file.exists()
+    for v in ("tie", "a"):
+        assert live.ask("/votes", {**vote, "vote": v, "more": 1})[0] == 204
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [r["vote"] for r in rows] == ["tie", "a"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", rows[0].pop("time")) and rows[0] == vote
+
+
+def test_a_key_and_an_origin(place, folder, monkeypatch):
+    monkeypatch.setenv("BYTEWISE_API_KEY", "schl\u00fcssel")
+    live = Live("--model", folder)
+    try:
+        for headers in ({}, {"Authorization": "Bearer schl"}, {"Authorization": "Bearer \u00e9".encode()}, {"Authorization": ""}):
+            for path, body in ((CHAT, user("x")), ("/v1/models", None), ("/metrics", None), ("/tokenize", {"prompt": "x"})):
+                status, answer = live.ask(path, body, headers)
+                assert status == 401 and answer["error"]["code"] == "invalid_api_key"
+        assert live.ask("/")[0] == live.ask("/health")[0] == 200
+        right = {"Authorization": "Bearer schl\u00fcssel".encode()}
+        assert live.ask("/v1/models", headers=right)[0] == 200
+        assert live.ask("/votes", headers=right) == (200, {"on": False})
+        assert live.ask("/votes", {"vote": "a"}, right)[0] == 404
+        for origin, status in (("http://evil.example", 403), ("null", 403), (f"http://127.0.0.1:{live.port}", 200),
+                               (f"http://127.0.0.1:{live.port + 1}", 403)):
+            assert live.ask("/v1/models", headers={**right, "Origin": origin})[0] == status, origin
+            assert live.ask("/health", headers={"Origin": origin})[0] == status
+    finally:
+        live.close()
+
+
+def test_a_template_that_raises(place):
+    folder = make_folder(place / "raises")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no\nsuch roles') if messages | length > 2 else '' }}"
+                                                "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    live = Live("--model", folder)
+    try:
+        assert live.ask(CHAT, user("x"))[0] == 200
+        status, answer = live.ask(CHAT, {"messages": user("x")["messages"] * 3})
+        assert status == 400 and "such roles" in answer["error"]["message"] and "\n" not in answer["error"]["message"]
+    finally:
+        live.close()
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", [32, 16])
+def test_the_cache_is_as_predicted(bits, family, place, capsys):
+    words = ["--model", str(place / family), "--bits", str(bits), "--slots", "3", "--max-length", "100"]
+    serve.main([*words, "--dry-run"])
+    said_ = capsys.readouterr().out
+    assert said_.count("\n") == 1 and "3 slots of 100 positions" in said_
+    predicted = serve.predicted(str(place / family), bits, "cpu", 3, 100)[1]
+    live = Live(*words)
+    try:
+        assert live.good(TEXT, prompt="x")["usage"]["completion_tokens"] <= 16
+        assert live.engine.cache.nbytes == predicted and serve.human(predicted) in said_
+        assert live.ask(TEXT, {"prompt": [[7] * 100]})[0] == 400
+    finally:
+        live.close()
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--port", "99999"], "99999"), (["--slots", "0"], "--slots 0"), (["--max-length", "1"], "--max-length 1"),
+    (["--deadline", "nan"], "--deadline nan"), (["--votes", "/nothing/x.jsonl"], "--votes /nothing"),
+    (["--votes", "."], "--votes ."), (["--allow-loading", "/nothing"], "--allow-loading /nothing"),
+    (["--adapter", "/nothing"], "/nothing"), (["--adapter", "x=/nothing"], "/nothing"), (["--adapter", "gpt2={a}"], "gpt2"),
+    (["--adapter", "{a}", "--adapter", "{b}"], "needs a name"), (["--port", "{busy}"], "is in use"),
+    (["--host", "no.such.host.invalid"], "no.such.host")])
+def test_what_the_command_refuses(words, says, folder, place):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        adapters = {name: place / "gpt2-adapters" / name for name in "ab"}
+        words = [w.format(busy=busy.getsockname()[1], **adapters) for w in words]
+        with pytest.raises(UserError) as e:
+            serve.main(["--model", str(folder), "--port", "0", *words])
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_every_address_warns(folder, capsys):
+    for words, warns in ((["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--api-key", "k"], False), ([], False)):
+        live = Live("--model", folder, *words)
+        live.close()
+        assert ("--api-key" in capsys.readouterr().err) == warns
+
+
+def command(*words):
+    return subprocess.Popen([sys.executable, ROOT / "serve.py", *map(str, words)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def test_a_signal_ends_streams_and_the_process(place, folder):
+    """Three commands: Ctrl-C, SIGTERM, and one that ends at once with a line."""
+    make_folder(place / "long", n_positions=2048)
+    stopped = [command("--model", place / "long", "--port", 0) for _ in range(2)]
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        refused = command("--model", folder, "--port", busy.getsockname()[1])
+        out, err = refused.communicate(timeout=60)
+    assert refused.returncode == 1 and err.startswith("error: ") and err.count("\n") == 1 and "is in use" in err
+    for p, sig in zip(stopped, (signal.SIGINT, signal.SIGTERM)):
+        try:
+            while "serving" not in (line := p.stdout.readline()):
+                assert line
+            c = http.client.HTTPConnection("127.0.0.1", int(re.search(r":(\d+)/", line).group(1)), timeout=60)
+            body = {"prompt": "x", "seed": 1, "stream": True, "n": 3, "logit_bias": {"4095": -100}, "max_tokens": 2000}
+            c.request("POST", TEXT, json.dumps(body))
+            stream = chunks(c.getresponse())
+            first = [next(stream)]
+            began = time.monotonic()
+            p.send_signal(sig)
+            found = joined([*first, *stream], 3)  # with [DONE]
+            assert [f["end"] for f in found] == ["length"] * 3 and all(f["text"] for f in found)
+            _, err = p.communicate(timeout=60)
+            took = time.monotonic() - began
+            print(f"{sig.name}: {took:.2f} s")
+            assert p.returncode == {signal.SIGINT: 130, signal.SIGTERM: -15}[sig] and "Traceback" not in err
+            assert took < 2  # 0.3 s on an idle machine
+        finally:
+            p.kill()
+            p.wait()
+            p.stdout.close()
+            p.stderr.close()
+
+
+# ---------------------------------------------------------------------------------------------- everything at once
+
+def test_soak(servers, folder):
+    """Requests of random kinds in random order from 8 threads: every answer is right, and nothing stays."""
+    live, rng, n = servers["gpt2"], random.Random(7), int(os.environ.get("BYTEWISE_SOAK", 200))
+    table = []  # (route, body, the text of each choice)
+    for i in range(24):
+        name, text, n_new = rng.choice([None, "a", "b"]), " ".join(rng.choices(["sea", "two", "x", "Hello"], k=rng.choice([1, 5, 60]))), \
+            rng.randint(1, 25)
+        texts = [said(folder, text if i % 2 else [text], adapter=name, seed=i + c, max_new_tokens=n_new).text for c in range(1 + i % 3)]
+        body = {"model": name, "seed": i, "n": len(texts), "max_tokens": n_new}
+        table.append((TEXT, {**body, "prompt": text}, texts) if i % 2 else (CHAT, {**body, **user(text)}, texts))
+    kinds = [rng.choice(["whole", "stream", "stream", "logprobs", "bad", "lost stream", "lost whole", "tokenize"]) for _ in range(n)]
+    work, sizes, done = [(kind, rng.choice(table), rng.random()) for kind in kinds], {}, itertools.count(1)
+
+    def one(item):
+        kind, (path, body, texts), chance = item
+        if kind in ("whole", "logprobs"):
+            more = {} if kind == "whole" else {"logprobs": 2} if path == TEXT else {"logprobs": True, "top_logprobs": 2}
+            choices = live.good(path, **body, **more)["choices"]
+            assert [c["text"] if path == TEXT else c["message"]["content"] for c in choices] == texts
+            assert all((c["logprobs"] is not None) == bool(more) for c in choices)
+        elif kind == "stream":
+            assert [c["text"] for c in joined(live.stream(path, **body), len(texts))] == texts
+        elif kind == "bad":
+            bad = BAD[int(chance * len(BAD))]
+            assert live.ask(*bad[:2])[0] == 400
+        elif kind == "tokenize":
+            assert live.good("/tokenize", prompt=texts[0]).keys() == {"tokens", "count", "max_model_len"}
+        else:
+            c = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
+            c.request("POST", path, json.dumps({**DRAW, **body, "max_tokens": 200, "stream": kind == "lost stream"}))
+            time.sleep(chance / 20)
+            if kind == "lost stream" and chance < 0.5:
+                c.getresponse().read(10)
+            c.sock.close()
+            c.close()
+        if (count := next(done)) in (200, n):
+            sizes[count] = rss()
+
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(one, item) for item in work]:
+            future.result(60)
+    live.quiet()
+    assert not any(a.n_jobs for a in live.engine.adapters.values()) and several.names(live.engine.model) == ["a", "b"]
+    print({count: f"{size / 1e6:.1f} MB" for count, size in sizes.items()})
+    if n > 200:
+        assert sizes[n] - sizes[200] < 10e6
