@@ -37,6 +37,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 import data
 from errors import UserError
 from files import peft_files, weights
+from files.conversations import whole
 from files.json_files import show
 from generate import Reply, named, recorded_bits, saved_template
 from ledger.hollow import Hollow, hollow_model
@@ -304,9 +305,10 @@ def create_app(server: Server) -> FastAPI:
     async def tokenize(request: Request):
         body = read_json(await read_body(request))
         if isinstance(text := body.get("prompt"), str):
-            ids = await server.read(server.encode, text, body.get("add_special_tokens") is not False)
+            ids = await server.read(server.encode, whole(text), body.get("add_special_tokens") is not False)
         elif "messages" in body:
-            (ids,), _ = await server.ids(body, server.adapter(body.get("model")), is_chat=True)
+            adapter = server.adapter(options({"model": body.get("model")}, is_chat=True).model)
+            (ids,), _ = await server.ids(body, adapter, is_chat=True)
         else:
             raise BadRequest("expected prompt, a string, or messages", "prompt")
         return {"tokens": ids, "count": len(ids), "max_model_len": server.model.config.n_positions}
@@ -379,7 +381,8 @@ def check_vote(body: dict, names: list[str]) -> dict:
     texts = (body.get("prompt"), *(replies.get(x) if isinstance(replies, dict) else None for x in "ab"))
     if not all(isinstance(text, str) for text in texts):
         raise BadRequest("prompt, replies.a and replies.b must be strings", "replies")
-    return {"prompt": texts[0], "a": a, "b": b, "replies": {"a": texts[1], "b": texts[2]}, "vote": body["vote"]}
+    prompt, *texts = map(whole, texts)  # half a character cannot be written
+    return {"prompt": prompt, "a": a, "b": b, "replies": dict(zip("ab", texts)), "vote": body["vote"]}
 
 
 def below(folder: Path, path: str) -> Path:
