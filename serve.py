@@ -493,8 +493,8 @@ def main(argv=None):
     if a.allow_loading is not None and not Path(a.allow_loading).is_dir():
         raise UserError(f"--allow-loading {a.allow_loading}: there is no such folder")
     a.allow_loading = a.allow_loading and str(Path(a.allow_loading).resolve())
-    if a.votes is not None and not Path(a.votes).resolve().parent.is_dir():
-        raise UserError(f"--votes {a.votes}: its folder does not exist")
+    if a.votes is not None and (Path(a.votes).is_dir() or not Path(a.votes).resolve().parent.is_dir()):
+        raise UserError(f"--votes {a.votes} must be a file in a folder that exists")
     device, config = usable_device(a.device), weights.config_of(a.model)[0]
     length = min(config.n_positions, a.max_length or 2048)
     bits = a.bits

@@ -974,7 +974,8 @@ def test_the_cache_is_as_predicted(bits, family, place, capsys):
     (["--adapter", "/nothing"], "/nothing"), (["--adapter", "x=/nothing"], "/nothing"), (["--adapter", "gpt2={a}"], "gpt2"),
     (["--adapter", "{a}", "--adapter", "{b}"], "needs a name"), (["--port", "{busy}"], "is in use"),
     (["--host", "no.such.host.invalid"], "no.such.host")])
-def test_what_the_command_refuses(words, says, folder, place):
+def test_what_the_command_refuses(words, says, folder, place, monkeypatch):
+    monkeypatch.setattr(serve.Uvicorn, "run", lambda *args, **more: None)  # or it would serve for ever
     with socket.create_server(("127.0.0.1", 0)) as busy:
         adapters = {name: place / "gpt2-adapters" / name for name in "ab"}
         words = [w.format(busy=busy.getsockname()[1], **adapters) for w in words]
