@@ -487,6 +487,8 @@ def main(argv=None):
     for name, low in (("slots", 1), ("queue", 0), ("max_length", 2), ("deadline", 1e-3), ("keep_alive", 1e-3), ("port", 0)):
         if (value := getattr(a, name)) is not None and not low <= value < 2**31:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {low:g}")
+    if a.port > 65535:  # getaddrinfo would take it modulo 65536
+        raise UserError(f"--port {a.port} must be at most 65535")
     adapters = named(a.adapter) if len(a.adapter) != 1 or "=" in a.adapter[0] else {}
     if not adapters and a.adapter:
         adapters = {Path(a.adapter[0]).resolve().name: a.adapter[0]}
