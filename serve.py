@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import errno
 import hmac
 import json
 import os
@@ -282,7 +283,7 @@ def create_app(server: Server) -> FastAPI:
         if server.alone:
             return [card(server.alone, args.model, None)]
         return [card(server.base, args.model, None),
-                *(card(a.name, a.folder, server.base) for a in server.engine.adapters.values())]
+                *(card(a.name, a.folder, server.base) for a in list(server.engine.adapters.values()))]
 
     @app.get("/v1/models")
     async def models():
@@ -404,7 +405,7 @@ def below(folder: Path, path: str) -> Path:
 
 def prometheus(engine: Engine) -> str:
     """The metrics in Prometheus' text format (version 0.0.4)."""
-    c = engine.counts
+    c = engine.counts.copy()  # the engine's thread may add a name meanwhile
     ends = {kind: n for (_, kind), n in ((k, n) for k, n in c.items() if isinstance(k, tuple))}
     rows = [("prompt_tokens_total", "counter", "Tokens of prompts that were read.", c["prompt_tokens"]),
             ("generated_tokens_total", "counter", "Tokens of replies.", c["generated_tokens"]),
@@ -444,7 +445,7 @@ def bound(host: str, port: int) -> socket.socket:
         s.listen(128)
         return s
     except (OSError, OverflowError) as e:
-        what = "is in use; choose another with --port" if getattr(e, "errno", 0) == 98 else f"cannot be used: {e}"
+        what = "is in use; choose another with --port" if getattr(e, "errno", 0) == errno.EADDRINUSE else f"cannot be used: {e}"
         raise UserError(f"--host {host} --port {port} {what}") from None
 
 
