@@ -345,9 +345,10 @@ def test_echo_has_the_logprobs_of_the_prompt(adapter, n_new, live, folder):
             near(x, row[i].item())
             near(max(top.values()), row.max().item())  # lm-eval: is it the greedy one?
             assert next(iter(top.values())) == x and 2 <= len(top) <= 3
-        for n, at in enumerate(found["text_offset"]):
+        for n, at in enumerate(found["text_offset"][:len(ids)]):  # (the reply has halves of characters)
             part = tokenizer.decode(everything[n:n + 1])
-            assert choice["text"].startswith(part.replace("\ufffd", ""), at), (n, part)
+            assert text.startswith(part.replace("\ufffd", ""), at), (n, part)
+        assert found["text_offset"][len(ids):len(ids) + 1] == [len(text)] * (n_new > 0)
         (streamed,) = joined(live.stream(TEXT, prompt=prompt_, **body))
         assert streamed["text"] == choice["text"]
         assert {k: sum((s[k] for s in streamed["logprobs"]), []) for k in found} == found
@@ -527,7 +528,7 @@ LONG = {"max_tokens": 400, "seed": 1, "logit_bias": {"4095": -100}}
 
 
 def test_a_full_queue_is_429_and_waiting_has_its_limit(place, folder, slow):
-    live = Live("--model", folder, "--slots", 1, "--queue", 1, "--keep-alive", 0.05, "--deadline", 1.5)
+    live = Live("--model", folder, "--slots", 1, "--queue", 1, "--keep-alive", 0.05, "--deadline", 0.8)
     try:
         one = live.stream(TEXT, prompt="x", **LONG)
         first = [next(one)]
@@ -545,16 +546,7 @@ def test_a_full_queue_is_429_and_waiting_has_its_limit(place, folder, slow):
         (rest,) = joined([*first, *one])
         whole = said(folder, "x", max_new_tokens=400, seed=1, logit_bias={4095: -100}).text
         assert rest["end"] == "length" and rest["text"] and whole.startswith(rest["text"]) and len(rest["text"]) < len(whole)
-        late = [c for c in two if c]
-        assert late == [] or late[-1].get("error", {}).get("code") == "unavailable" or late[-1]["choices"]
-        hold = live.stream(TEXT, prompt="x", **LONG)
-        next(hold)
-        waits = live.send(TEXT, {"prompt": "y"})
-        assert waits.status in (200, 503)
-        waits.read()
-        waits.connection.close()
-        for _ in hold:
-            pass
+        two.close()
         live.quiet()
     finally:
         live.close()
@@ -1037,7 +1029,7 @@ def test_soak(servers, folder):
     table = []  # (route, body, the text of each choice)
     for i in range(24):
         name, text, n_new = rng.choice([None, "a", "b"]), " ".join(rng.choices(["sea", "two", "x", "Hello"], k=rng.choice([1, 5, 60]))), \
-            rng.randint(1, 25)
+            rng.randint(1, 12)
         texts = [said(folder, text if i % 2 else [text], adapter=name, seed=i + c, max_new_tokens=n_new).text for c in range(1 + i % 3)]
         body = {"model": name, "seed": i, "n": len(texts), "max_tokens": n_new}
         table.append((TEXT, {**body, "prompt": text}, texts) if i % 2 else (CHAT, {**body, **user(text)}, texts))
@@ -1060,7 +1052,7 @@ def test_soak(servers, folder):
             assert live.good("/tokenize", prompt=texts[0]).keys() == {"tokens", "count", "max_model_len"}
         else:
             c = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
-            c.request("POST", path, json.dumps({**DRAW, **body, "max_tokens": 200, "stream": kind == "lost stream"}))
+            c.request("POST", path, json.dumps({**DRAW, **body, "max_tokens": 150, "stream": kind == "lost stream"}))
             time.sleep(chance / 20)
             if kind == "lost stream" and chance < 0.5:
                 c.getresponse().read(10)
