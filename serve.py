@@ -148,7 +148,7 @@ class Server:
         except UserError as e:
             raise as_bad_request(e, "messages" if is_chat else "prompt") from None
         if len(jobs) > (most := self.args.slots + self.args.queue):
-            raise BadRequest(f"the request asks for {len(jobs)} replies; the server has room for {most} (--slots and --queue)",
+            raise BadRequest(f"the request asks for {len(jobs)} replies, the server has room for {most} (--slots + --queue)",
                              "prompt" if len(prompt_ids) > 1 else "n")
         said = [text if wanted.echo else "" for text in texts for _ in range(wanted.n)]
         answer = Answer(jobs, wanted, wanted.model or self.names()[0], is_chat, self.tokenizer, said)
@@ -445,7 +445,8 @@ def bound(host: str, port: int) -> socket.socket:
         s.listen(128)
         return s
     except (OSError, OverflowError) as e:
-        what = "is in use; choose another with --port" if getattr(e, "errno", 0) == errno.EADDRINUSE else f"cannot be used: {e}"
+        in_use = isinstance(e, OSError) and e.errno == errno.EADDRINUSE
+        what = "is in use; choose another with --port" if in_use else f"cannot be used: {e}"
         raise UserError(f"--host {host} --port {port} {what}") from None
 
 
