@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import errno
 import hmac
 import json
 import os
@@ -31,12 +32,13 @@ if __name__ == "__main__":
 
 import torch
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 import data
 from errors import UserError
 from files import peft_files, weights
+from files.conversations import whole
 from files.json_files import show
 from generate import Reply, named, recorded_bits, saved_template
 from ledger.hollow import Hollow, hollow_model
@@ -149,6 +151,9 @@ class Server:
                                     deadline))
         except UserError as e:
             raise as_bad_request(e, "messages" if is_chat else "prompt") from None
+        if len(jobs) > (most := self.args.slots + self.args.queue):
+            raise BadRequest(f"the request asks for {len(jobs)} replies, the server has room for {most} (--slots + --queue)",
+                             "prompt" if len(prompt_ids) > 1 else "n")
         said = [text if wanted.echo else "" for text in texts for _ in range(wanted.n)]
         answer = Answer(jobs, wanted, wanted.model or self.names()[0], is_chat, self.tokenizer, said)
         try:
@@ -162,14 +167,16 @@ class Server:
         return await self.whole(answer, events, request)
 
     async def whole(self, answer: Answer, events: asyncio.Queue, request: Request) -> Response:
-        left = len(answer.jobs)
+        left, looked = len(answer.jobs), time.monotonic()
         try:
             while left:
+                if time.monotonic() > looked + 0.5:  # also while tokens come all the time
+                    if await request.is_disconnected():
+                        return Response(status_code=499)  # nobody reads it
+                    looked = time.monotonic()
                 try:
                     number, event = await asyncio.wait_for(events.get(), 0.5)
                 except TimeoutError:
-                    if await request.is_disconnected():
-                        return Response(status_code=499)  # nobody reads it
                     continue
                 if event.error:
                     raise event.error
@@ -231,23 +238,23 @@ def as_error(e: Exception) -> BadRequest:
 # ---------------------------------------------------------------------------------------------- the routes
 
 def create_app(server: Server) -> FastAPI:
-    app, args = FastAPI(title="Bytewise", docs_url=None, redoc_url=None, openapi_url=None), server.args
+    args = server.args
 
-    @app.middleware("http")
-    async def guard(request: Request, go_on):
-        """Who may ask: a browser only from a page of this server, and everybody with the key."""
-        path = request.url.path
-        try:
-            origin = request.headers.get("origin")
-            if origin and origin.partition("://")[2] != request.headers.get("host"):
-                raise BadRequest(f"pages of {show(origin)} may not use this server", status=403, code="forbidden")
-            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-            if args.api_key and path not in ("/", "/health") and not hmac.compare_digest(given, args.api_key.encode()):
-                raise BadRequest("the API key is missing or wrong: send Authorization: Bearer KEY", status=401,
-                                 code="invalid_api_key", kind="authentication_error")
-        except BadRequest as e:
-            return JSONResponse(e.json(), e.status)
-        return await go_on(request)
+    async def guard(request: Request):
+        """Who may ask: a browser only from a page of this server, and everybody with the key. Raises BadRequest.
+
+        A dependency of each route, and no middleware: behind FastAPI's kind of middleware is_disconnected is always false.
+        """
+        origin = request.headers.get("origin")
+        if origin and origin.partition("://")[2] != request.headers.get("host"):
+            raise BadRequest(f"pages of {show(origin)} may not use this server", status=403, code="forbidden")
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")  # the bytes that came
+        if args.api_key and request.url.path not in ("/", "/health") and \
+                not hmac.compare_digest(given, args.api_key.encode()):
+            raise BadRequest("the API key is missing or wrong: send Authorization: Bearer KEY", status=401,
+                             code="invalid_api_key", kind="authentication_error")
+
+    app = FastAPI(title="Bytewise", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(guard)])
 
     async def on_error(request: Request, e: Exception) -> Response:
         error = as_error(e)
@@ -280,7 +287,7 @@ def create_app(server: Server) -> FastAPI:
         if server.alone:
             return [card(server.alone, args.model, None)]
         return [card(server.base, args.model, None),
-                *(card(a.name, a.folder, server.base) for a in server.engine.adapters.values())]
+                *(card(a.name, a.folder, server.base) for a in list(server.engine.adapters.values()))]
 
     @app.get("/v1/models")
     async def models():
@@ -303,9 +310,10 @@ def create_app(server: Server) -> FastAPI:
     async def tokenize(request: Request):
         body = read_json(await read_body(request))
         if isinstance(text := body.get("prompt"), str):
-            ids = await server.read(server.encode, text, body.get("add_special_tokens") is not False)
+            ids = await server.read(server.encode, whole(text), body.get("add_special_tokens") is not False)
         elif "messages" in body:
-            (ids,), _ = await server.ids(body, server.adapter(body.get("model")), is_chat=True)
+            adapter = server.adapter(options({"model": body.get("model")}, is_chat=True).model)
+            (ids,), _ = await server.ids(body, adapter, is_chat=True)
         else:
             raise BadRequest("expected prompt, a string, or messages", "prompt")
         return {"tokens": ids, "count": len(ids), "max_model_len": server.model.config.n_positions}
@@ -378,7 +386,8 @@ def check_vote(body: dict, names: list[str]) -> dict:
     texts = (body.get("prompt"), *(replies.get(x) if isinstance(replies, dict) else None for x in "ab"))
     if not all(isinstance(text, str) for text in texts):
         raise BadRequest("prompt, replies.a and replies.b must be strings", "replies")
-    return {"prompt": texts[0], "a": a, "b": b, "replies": {"a": texts[1], "b": texts[2]}, "vote": body["vote"]}
+    prompt, *texts = map(whole, texts)  # half a character cannot be written
+    return {"prompt": prompt, "a": a, "b": b, "replies": dict(zip("ab", texts)), "vote": body["vote"]}
 
 
 def below(folder: Path, path: str) -> Path:
@@ -386,16 +395,21 @@ def below(folder: Path, path: str) -> Path:
     if "\0" in path or ".." in Path(path).parts or not (place := folder / path).is_relative_to(folder):
         raise BadRequest(f"lora_path {show(path)} is not below the folder of --allow-loading", "lora_path", 403)
     steps = [place, *place.parents]
-    if any(p.is_symlink() for p in (*steps[:steps.index(folder)], *(place.iterdir() if place.is_dir() else ()))):
+    try:
+        is_folder = place.is_dir()
+        has_link = any(p.is_symlink() for p in (*steps[:steps.index(folder)], *(place.iterdir() if is_folder else ())))
+    except OSError:  # a name that is too long, a folder that this user may not read
+        is_folder = has_link = False
+    if has_link:
         raise BadRequest(f"lora_path {show(path)}: links are not followed", "lora_path", 403)
-    if not place.is_dir():
+    if not is_folder:
         raise BadRequest(f"lora_path {show(path)}: there is no such folder", "lora_path")
     return place
 
 
 def prometheus(engine: Engine) -> str:
     """The metrics in Prometheus' text format (version 0.0.4)."""
-    c = engine.counts
+    c = engine.counts.copy()  # the engine's thread may add a name meanwhile
     ends = {kind: n for (_, kind), n in ((k, n) for k, n in c.items() if isinstance(k, tuple))}
     rows = [("prompt_tokens_total", "counter", "Tokens of prompts that were read.", c["prompt_tokens"]),
             ("generated_tokens_total", "counter", "Tokens of replies.", c["generated_tokens"]),
@@ -437,7 +451,8 @@ def bound(host: str, port: int) -> socket.socket:
         s.listen(128)
         return s
     except (OSError, OverflowError) as e:
-        what = "is in use; choose another with --port" if getattr(e, "errno", 0) == 98 else f"cannot be used: {e}"
+        in_use = isinstance(e, OSError) and e.errno == errno.EADDRINUSE
+        what = "is in use; choose another with --port" if in_use else f"cannot be used: {e}"
         raise UserError(f"--host {host} --port {port} {what}") from None
 
 
@@ -480,14 +495,16 @@ def main(argv=None):
     for name, low in (("slots", 1), ("queue", 0), ("max_length", 2), ("deadline", 1e-3), ("keep_alive", 1e-3), ("port", 0)):
         if (value := getattr(a, name)) is not None and not low <= value < 2**31:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {low:g}")
+    if a.port > 65535:  # getaddrinfo would take it modulo 65536
+        raise UserError(f"--port {a.port} must be at most 65535")
     adapters = named(a.adapter) if len(a.adapter) != 1 or "=" in a.adapter[0] else {}
     if not adapters and a.adapter:
         adapters = {Path(a.adapter[0]).resolve().name: a.adapter[0]}
     if a.allow_loading is not None and not Path(a.allow_loading).is_dir():
         raise UserError(f"--allow-loading {a.allow_loading}: there is no such folder")
     a.allow_loading = a.allow_loading and str(Path(a.allow_loading).resolve())
-    if a.votes is not None and not Path(a.votes).resolve().parent.is_dir():
-        raise UserError(f"--votes {a.votes}: its folder does not exist")
+    if a.votes is not None and (Path(a.votes).is_dir() or not Path(a.votes).resolve().parent.is_dir()):
+        raise UserError(f"--votes {a.votes} must be a file in a folder that exists")
     device, config = usable_device(a.device), weights.config_of(a.model)[0]
     length = min(config.n_positions, a.max_length or 2048)
     bits = a.bits

@@ -27,7 +27,7 @@ class Answer:
         kind = "chat.completion" if is_chat else "text_completion"
         self.head = {"id": ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12), "object": kind,
                      "created": int(time.time()), "model": model}
-        self.offsets = [0] * len(jobs)  # of the next token's text, for the logprobs of a completion
+        self.places = [(0, [], [])] * len(jobs)  # for the logprobs of a completion, see `offset`
 
     def take(self, number: int, event: Event):
         """An event of the job `number`."""
@@ -85,12 +85,24 @@ class Answer:
         if self.is_chat:
             return {"content": [{**self.named(t.id, t.logprob), "top_logprobs": [self.named(*pair) for pair in t.top]}
                                 for t in tokens]}
-        offsets = []
-        for t in tokens:
-            offsets.append(self.offsets[number])
-            self.offsets[number] += len(self.token(t.id))
         return {"tokens": [self.key(t.id) for t in tokens], "token_logprobs": [t.logprob for t in tokens],
-                "top_logprobs": [self.most_likely(t) for t in tokens], "text_offset": offsets}
+                "top_logprobs": [self.most_likely(t) for t in tokens],
+                "text_offset": [self.offset(number, t.id) for t in tokens]}
+
+    def offset(self, number: int, i: int) -> int:
+        """Where the text of the next token begins. The tokens of one character all have its place.
+
+        A token alone is decoded otherwise than after others: a part of a character becomes U+FFFD, and LLaMA 1 and 2 leave
+        out a first space. So each is decoded behind the last one that ended a character.
+        """
+        at, last, begun = self.places[number]
+        begun = [*begun, i]
+        text = self.tokenizer.decode([*last, *begun])
+        if text.endswith("\ufffd") and len(begun) < 4:  # (no character has more than 4 bytes)
+            self.places[number] = at, last, begun
+        else:
+            self.places[number] = at + len(text) - len(self.tokenizer.decode(last)), [i], []
+        return at
 
     def most_likely(self, t: Token) -> dict | None:
         """{text: logprob}, the token itself first. OpenAI's form has it too, likely or not."""

@@ -222,6 +222,8 @@ class Engine:
                     self.changed.wait()
                 calls, self.calls = self.calls, deque()
             for function, done in calls:
+                if not done.set_running_or_notify_cancel():  # nobody waits for it any more
+                    continue
                 try:
                     done.set_result(function())
                 except BaseException as e:
@@ -234,7 +236,8 @@ class Engine:
         with self.changed:
             self.stopping = True
             for _, done in self.calls:
-                done.set_exception(Stopped("the server is stopping"))
+                if done.set_running_or_notify_cancel():
+                    done.set_exception(Stopped("the server is stopping"))
         while self.waiting:
             self.end(self.waiting.popleft(), error=Stopped("the server is stopping"))
         while self.running:
@@ -294,6 +297,8 @@ class Engine:
         reply, tokens = job.reply, []
         if job.echo and read:
             tokens = [] if job.n_read else [Token(reply.ids[0])]
+            if not logits.isfinite().all():  # (with max_tokens 0 no token is chosen, so `add` does not see it)
+                raise UserError("the logits are not finite (NaN or infinity): the model or its adapter is damaged")
             following = reply.ids[job.n_read + 1:job.n_read + len(read) + 1]
             tokens += logprobs(logits[:len(following)], following, job.top or 0)
         job.n_read += len(read)
