@@ -209,6 +209,10 @@ class Server:
             self.engine.cancel(answer.jobs)
 
 
+def is_local(host: str) -> bool:
+    return host in ("127.0.0.1", "localhost", "::1", "[::1]")
+
+
 async def read_body(request: Request) -> bytes:
     """Raises BadRequest (413) for more than MOST_BYTES. It reads on first, or the client would see a broken connection."""
     parts, size = [], 0
@@ -245,9 +249,13 @@ def create_app(server: Server) -> FastAPI:
 
         A dependency of each route, and no middleware: behind FastAPI's kind of middleware is_disconnected is always false.
         """
-        origin = request.headers.get("origin")
-        if origin and origin.partition("://")[2] != request.headers.get("host"):
+        origin, host = request.headers.get("origin"), request.headers.get("host", "")
+        if origin and origin.partition("://")[2] != host:
             raise BadRequest(f"pages of {show(origin)} may not use this server", status=403, code="forbidden")
+        if origin and is_local(args.host) and not args.api_key and not is_local(host.rpartition(":")[0] or host):
+            # A page of evil.example whose name now leads to 127.0.0.1 (DNS rebinding): its origin is its host.
+            raise BadRequest(f"{show(host)} is not this machine's own name: use localhost, or give --api-key", status=403,
+                             code="forbidden")
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")  # the bytes that came
         if args.api_key and request.url.path not in ("/", "/health") and \
                 not hmac.compare_digest(given, args.api_key.encode()):
@@ -516,7 +524,7 @@ def main(argv=None):
           f"together {human(n_weights + n_cache)}")
     if a.dry_run:
         return
-    if a.host not in ("127.0.0.1", "localhost", "::1") and not a.api_key:
+    if not is_local(a.host) and not a.api_key:
         print(f"warning: --host {a.host} lets other machines in, and nobody needs a key: add --api-key", file=sys.stderr)
     listening = bound(a.host, a.port)  # before the slow part
     model = weights.load(a.model, bits=bits, device=device)

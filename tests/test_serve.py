@@ -888,7 +888,7 @@ def test_metrics(live, folder):
                 _, _, name, kinds[name] = line.split()
             elif not line.startswith("# HELP "):
                 name, labels, value = re.fullmatch(r'([a-z_]+)(\{end="[a-z]+"\})? (\S+)', line).groups()
-                assert kinds[name] in ("counter", "gauge")
+                assert kinds[re.sub("_seconds_(sum|count)$", "_seconds", name)] in ("counter", "gauge", "summary")
                 found[name + (labels or "")] = float(value)
         return found
     before, n = read(), len(reference(folder)[1].encode("hello there"))
@@ -937,6 +937,13 @@ def test_a_key_and_an_origin(place, folder, monkeypatch):
             assert live.ask("/health", headers={"Origin": origin})[0] == status
     finally:
         live.close()
+
+
+def test_a_name_that_leads_here_is_not_this_machine(live):
+    """DNS rebinding: a page's own host name leads to 127.0.0.1, so its Origin is the Host of its requests."""
+    for host, status in ((f"evil.example:{live.port}", 403), ("evil.example", 403), (f"localhost:{live.port}", 200),
+                         (f"127.0.0.1:{live.port}", 200), ("localhost", 200)):
+        assert live.ask("/v1/models", headers={"Host": host, "Origin": f"http://{host}"})[0] == status, host
 
 
 def test_a_template_that_raises(place):
