@@ -199,8 +199,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        kernel = device_of(x.device).rms_norm_kernel or not torch.is_grad_enabled() and x.dtype == torch.float32
-        if kernel and x.dtype == self.weight.dtype:  # on a GPU it keeps the same: x and r
+        if not torch.is_grad_enabled() and x.dtype == self.weight.dtype == torch.float32:
+            # The same in 6 calls without a record: a third of the time for one token (SmolLM2-135M: 61 norms a token)
+            r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+            return (x * r).mul_(self.weight)
+        if device_of(x.device).rms_norm_kernel and x.dtype == self.weight.dtype:  # it keeps the same: x and r
             with torch.autocast(x.device.type, enabled=False):  # autocast would make a float32 copy of x
                 return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return RMSNormFunction.apply(x, self.weight, self.eps)
@@ -252,7 +255,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(F_, C, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))  # (B, T, C) -> (B, T, F) -> (B, T, C)
+        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, C) -> (B, T, F)
+        return self.down_proj(SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up))
 
 
 class Block(nn.Module):

@@ -20,8 +20,8 @@ def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool 
     (methods/prefix.py). No padding mask is needed: padding is on the right of every real token, and a token sees only what
     is on its left.
 
-    mask: (B, 1, T, S), true where position t of row b sees s; or the texts of a KV cache (techniques/kv_cache.py), each
-    with its own rows of q, places in k and v, and mask. It is for generation: no gradients.
+    mask: (B, 1, T, S), added to the scores: 0 where position t of row b sees s, else -inf. Or the texts of a KV cache
+    (techniques/kv_cache.py), each with its own rows of q, places in k and v, and mask. It is for generation: no gradients.
 
     segments: the lengths of the examples in a packed row (B = 1). Attention runs example by example: its work is
     sum(t^2) instead of (sum t)^2, and no example sees another. float32: 16-bit q, k and v are multiplied and summed in
@@ -40,7 +40,7 @@ def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool 
         if trained and (float32 or device_of(q.device).float32_backward):
             return Float32Backward.apply(q, k, v, segments, float32)
         if float32:
-            return attend(q.float(), k.float(), v.float(), segments, mask).to(q.dtype)
+            return attend(q.float(), k.float(), v.float(), segments, mask if mask is None else mask.float()).to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):  # q, k and v already have the right type
         gqa = q.shape[1] != k.shape[1]
         if gqa and not device_of(q.device).reads_groups(q.dtype):  # or PyTorch would store the T x T matrices

@@ -26,15 +26,17 @@ from torch import Tensor
 from errors import UserError
 
 
-def seen(starts: list[int], n: int, S: int, device) -> Tensor | None:
+def seen(starts: list[int], n: int, S: int, like: Tensor) -> Tensor | None:
     """The mask (rows, 1, n, S) of rows that add n tokens each to `starts` earlier ones. None: causal attention it is.
 
-    Token t of row b sees the places s <= starts[b] + t.
+    Token t of row b sees the places s <= starts[b] + t: 0 is added to their scores, and -inf to the others, in like's type.
+    (The kernel would make this of true and false too, but in each layer anew.)
     """
     if max(starts) == 0 or n == 1 and min(starts) == max(starts):
         return None
-    at = torch.tensor(starts, device=device)[:, None] + torch.arange(n, device=device)
-    return torch.arange(S, device=device) <= at[:, None, :, None]
+    at = torch.tensor(starts, device=like.device)[:, None] + torch.arange(n, device=like.device)
+    unseen = torch.arange(S, device=like.device) > at[:, None, :, None]
+    return torch.zeros(unseen.shape, dtype=like.dtype, device=like.device).masked_fill_(unseen, -torch.inf)
 
 
 class KVCache:
@@ -94,7 +96,7 @@ class KVCache:
         Raises ValueError for more than max_length tokens.
         """
         if layer == 0:
-            self.plan(k.shape[0], k.shape[2], k.device)
+            self.plan(k)
         self.allocate(layer, k)
         for kept, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.target is None:
@@ -124,12 +126,13 @@ class KVCache:
         for slot in slots:
             self.k[layer][slot, :, :k.shape[1]], self.v[layer][slot, :, :k.shape[1]] = k, v
 
-    def plan(self, B: int, T: int, device):
-        """What all layers of a forward share: where its tokens go, and which calls of attention it needs.
+    def plan(self, k: Tensor):
+        """What all layers of a forward of k (B, K, T, D) share: where its tokens go, which calls of attention it needs.
 
         texts: a list of (rows, tokens, slots, S, mask). The queries of `tokens`, as (rows, H, tokens / rows, D), see the
         first S places of `slots`, as far as the mask says.
         """
+        (B, _, T, _), device = k.shape, k.device
         slots, counts, start = self.slots or list(range(B)), self.counts or [T] * B, self.starts(B)
         self.ends = {slot: a + n for slot, a, n in zip(slots, start, counts)}
         if max(self.ends.values()) > self.max_length:
@@ -141,7 +144,7 @@ class KVCache:
                 end += 1
             n, S = (end - b) * counts[b], max(self.ends[slot] for slot in slots[b:end])
             self.texts.append((end - b, slice(at, at + n), slice(slots[b], slots[b] + end - b), S,
-                               seen(start[b:end], counts[b], S, device)))
+                               seen(start[b:end], counts[b], S, k)))
             at, b = at + n, end
         self.target = None  # a slice is faster to write than places one by one
         if len(slots) > 1:
