@@ -33,6 +33,7 @@ if __name__ == "__main__":
     terminal.start()
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import data
@@ -99,6 +100,17 @@ class Reply:
         else:  # what may be the beginning of a stop string waits
             begun = [n for s in self.stop for n in range(1, len(s)) if self.ready.endswith(s[:n])]
             self.ready = self.ready[:len(self.ready) - max(begun, default=0)]
+
+
+def lay_out(model):
+    """Store each float32 matrix W (out, in) column by column, as a product of few rows, x W^T, likes to read it on a CPU.
+
+    Values, shapes and bytes stay. All layers of SmolLM2-135M on 2 cores (MKL, AVX-512; with AVX2 alone 8 % and 10 %): a row
+    takes 22.7 ms instead of 25.0 ms, 8 rows 56 ms instead of 69 ms. For a model that is not trained.
+    """
+    for m in model.modules():
+        if isinstance(m, nn.Linear) and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu":
+            m.weight.data = m.weight.data.t().contiguous().t()
 
 
 def step(model, cache: KVCache, slots: list[int], ids: list[list[int]], adapters: list | None = None, whole=()):
@@ -368,6 +380,7 @@ def main(argv=None):
                                 f"({', '.join(names) or 'none'})")
     bits = a.bits or weights.stored_bits(weights.find(a.model))
     model = weights.load(a.model, bits=bits or recorded_bits(adapters) or 32, device=usable_device(a.device))
+    lay_out(model)
     tokenizer = data.load_tokenizer(a.model)  # also with an adapter: its rows of the embedding are the model's
     for name, folder in adapters.items():
         peft_files.load(model, folder) if name is None else peft_files.add(model, name, folder)

@@ -40,7 +40,7 @@ from errors import UserError
 from files import peft_files, weights
 from files.conversations import whole
 from files.json_files import show
-from generate import Reply, named, recorded_bits, saved_template
+from generate import Reply, lay_out, named, recorded_bits, saved_template
 from ledger.hollow import Hollow, hollow_model
 from memory import count, human, rss
 from serving.answers import DONE, Answer, sse
@@ -528,6 +528,7 @@ def main(argv=None):
         print(f"warning: --host {a.host} lets other machines in, and nobody needs a key: add --api-key", file=sys.stderr)
     listening = bound(a.host, a.port)  # before the slow part
     model = weights.load(a.model, bits=bits, device=device)
+    lay_out(model)
     model.config.n_positions = length
     server = Server(a, model, data.load_tokenizer(a.model))
     for name, folder in adapters.items():

@@ -35,7 +35,7 @@ from generate import Reply, step
 from methods import several
 from techniques.kv_cache import KVCache
 
-PIECE, LONE_PIECE = 128, 512  # tokens of prompts in one forward: beside running replies, and with none
+PIECE, ECHO_PIECE = 512, 128  # tokens of prompts in one forward; and if the logits of each are wanted, V numbers
 
 
 class Busy(Exception):
@@ -262,7 +262,7 @@ class Engine:
     def advance(self):
         """One forward."""
         reading = sorted((j for j in self.running if j.n_read < len(j.reply.ids)), key=lambda j: j.arrived)
-        room = PIECE if len(reading) < len(self.running) or any(j.echo for j in reading) else LONE_PIECE
+        room = ECHO_PIECE if any(j.echo for j in reading) else PIECE
         pieces = {}  # job -> the next tokens of its prompt
         for job in reading:
             pieces[job] = job.reply.ids[job.n_read:job.n_read + room]

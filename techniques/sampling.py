@@ -39,23 +39,35 @@ def choose(logits: Tensor, temperature: float, top_p: float, rng: torch.Generato
         logits = logits.index_add(0, ids.to(logits.device), added.to(logits.device))
     if temperature < 1e-5:  # (logits / temperature must not overflow)
         return int(logits.argmax())
-    p, order = candidates(logits, temperature, top_p, top_k, min_p)
-    return int(order[torch.multinomial(p.cpu(), 1, generator=rng)])
+    p, ids = candidates(logits, temperature, top_p, top_k, min_p)
+    total = p.cpu().double().cumsum(-1)  # one uniform number for each token: the place where it falls among the sums
+    u = torch.rand((), generator=rng, dtype=torch.float64) * total[-1]
+    place = min(int(torch.searchsorted(total, u, right=True)), int(torch.searchsorted(total, total[-1])))
+    return int(ids[place])
 
 
 def candidates(logits: Tensor, temperature: float, top_p: float, top_k: int = 0, min_p: float = 0.0):
-    """logits (V,) -> (p, ids): the tokens from the most likely to the least, with p = 0 for those that are left out.
+    """logits (V,) -> (p, ids): the tokens that may be drawn and perhaps others, with p = 0 for those that are left out.
 
-    The probabilities that are left sum to less than 1. torch.multinomial divides them by their sum.
+    The probabilities that are left sum to less than 1: whoever draws divides by their sum. If top_p or min_p leave tokens
+    out, the most likely token comes first. To sort all of 49,152 takes 6 ms on a CPU core, to find the first 256 0.8 ms; so
+    more are looked at only if these do not reach top_p.
     """
     logits = logits.float() / temperature
     if top_k:
         last = logits.topk(min(top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < last, -math.inf)
-    p, ids = torch.softmax(logits, -1).sort(descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0  # the token that crosses top_p stays
-    p[p < min_p * p[0]] = 0
-    return p, ids
+    p = torch.softmax(logits, -1)
+    if top_p == 1 and min_p == 0:
+        return p, torch.arange(len(p), device=p.device)
+    for n in (256, 4096, len(p)):
+        head, ids = p.topk(min(n, len(p)))
+        before = head.cumsum(-1) - head
+        if len(head) == len(p) or before[-1] >= top_p or head[-1] < min_p * head[0]:
+            break
+    head[before >= top_p] = 0  # the token that crosses top_p stays
+    head[head < min_p * head[0]] = 0
+    return head, ids
 
 
 def check(max_new_tokens: int, temperature: float, top_p: float, seed: int, top_k: int = 0, min_p: float = 0.0,
