@@ -22,7 +22,8 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -37,7 +38,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 
 import data
 from errors import UserError
-from files import peft_files, weights
+from files import hub, peft_files, weights
 from files.conversations import whole
 from files.json_files import show
 from generate import Reply, lay_out, named, recorded_bits, saved_template
@@ -175,7 +176,8 @@ class Server:
                         return Response(status_code=499)  # nobody reads it
                     looked = time.monotonic()
                 try:
-                    number, event = await asyncio.wait_for(events.get(), 0.5)
+                    async with asyncio.timeout(0.5):
+                        number, event = await events.get()
                 except TimeoutError:
                     continue
                 if event.error:
@@ -193,7 +195,8 @@ class Server:
                 yield chunk
             while left:
                 try:
-                    number, event = await asyncio.wait_for(events.get(), self.args.keep_alive)
+                    async with asyncio.timeout(self.args.keep_alive):
+                        number, event = await events.get()
                 except TimeoutError:
                     yield ": keep-alive\n\n"  # a comment: clients skip it, and proxies see that the connection lives
                     continue
@@ -449,6 +452,39 @@ def predicted(name: str, bits: int, device: str, slots: int, length: int) -> tup
     return n, slots * length * 2 * config.n_layer * config.n_kv_head * config.head_dim * compute.itemsize
 
 
+def load(args, adapters: dict[str, str], bits: int, device: str, length: int) -> Server:
+    """The server with its model, its adapters, and room for its KV cache. Raises UserError."""
+    model = weights.load(args.model, bits=bits, device=device)
+    lay_out(model)
+    model.config.n_positions = length
+    server = Server(args, model, data.load_tokenizer(args.model))
+    for name, folder in adapters.items():
+        if len(adapters) == 1 and not peft_files.can_share(folder):
+            server.only(name, folder)
+        else:
+            server.add(name, folder)
+    server.engine.warm_up()
+    return server
+
+
+def start(load: Callable[[], Server], n_threads: int) -> Server:
+    """Load the server in the thread that its engine then has, and that computes on n_threads. Raises what `load` raises."""
+    loaded = Future()
+
+    def work():
+        torch.set_num_threads(n_threads)
+        try:
+            server = load()
+        except BaseException as e:
+            return loaded.set_exception(e)
+        server.engine.thread = threading.current_thread()
+        loaded.set_result(server)
+        server.engine.work()
+
+    threading.Thread(target=work, name="engine", daemon=True).start()
+    return loaded.result()
+
+
 def bound(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises UserError."""
     try:
@@ -515,10 +551,12 @@ def main(argv=None):
         raise UserError(f"--votes {a.votes} must be a file in a folder that exists")
     device, config = usable_device(a.device), weights.config_of(a.model)[0]
     length = min(config.n_positions, a.max_length or 2048)
-    bits = a.bits
-    if bits is None and not a.dry_run:
-        bits = weights.stored_bits(weights.find(a.model))
-    bits = bits or recorded_bits(adapters) or 32
+    about = hub.config_file(a.model) if a.dry_run else weights.find(a.model) / "config.json"
+    bits = a.bits or (weights.stored_bits(about.parent) if about else None) or recorded_bits(adapters) or 32
+    # OpenMP gives each thread that computes its own helpers. If all of them are more than the cores, it lets them sleep
+    # between two products, and waking takes as long as a small one. So this thread computes alone, the engine's on all cores.
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     n_weights, n_cache = predicted(a.model, bits, device, a.slots, length)
     print(f"{a.model}: weights {human(n_weights)}, KV cache {human(n_cache)} ({a.slots} slots of {length} positions), "
           f"together {human(n_weights + n_cache)}")
@@ -527,19 +565,10 @@ def main(argv=None):
     if not is_local(a.host) and not a.api_key:
         print(f"warning: --host {a.host} lets other machines in, and nobody needs a key: add --api-key", file=sys.stderr)
     listening = bound(a.host, a.port)  # before the slow part
-    model = weights.load(a.model, bits=bits, device=device)
-    lay_out(model)
-    model.config.n_positions = length
-    server = Server(a, model, data.load_tokenizer(a.model))
-    for name, folder in adapters.items():
-        if len(adapters) == 1 and not peft_files.can_share(folder):
-            server.only(name, folder)
-        else:
-            server.add(name, folder)
-    server.engine.start()
-    server.engine.call(server.engine.warm_up).result()
+    server = start(lambda: load(a, adapters, bits, device, length), n_threads)
     port = listening.getsockname()[1]
-    print(f"serving {', '.join(server.names())} at http://{'localhost' if a.host == '127.0.0.1' else a.host}:{port}/  "
+    host = "localhost" if a.host == "127.0.0.1" else f"[{a.host}]" if ":" in a.host else a.host
+    print(f"serving {', '.join(server.names())} at http://{host}:{port}/  "
           f"(KV cache {human(server.engine.cache.nbytes)}; Ctrl-C stops)", flush=True)
     config = uvicorn.Config(create_app(server), log_level="warning", timeout_graceful_shutdown=1, lifespan="off")
     Uvicorn(config, server.engine).run(sockets=[listening])

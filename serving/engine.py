@@ -127,12 +127,9 @@ class Engine:
         self.adapters: dict[str, Adapter] = {}
         self.counts = Counter()  # for /metrics
         self.changed, self.stopping = threading.Condition(), False
-        self.thread = threading.Thread(target=self.work, name="engine", daemon=True)
+        self.thread = None  # the one that is in `work`
 
     # ------------------------------------------------------------------------------------------ from other threads
-
-    def start(self):
-        self.thread.start()
 
     def stop(self):
         """End every reply: those that run keep what they have ("length"). Later calls do nothing."""
@@ -178,6 +175,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ adapters (use `call`)
 
+    @torch.no_grad()
     def warm_up(self):
         """A forward of one token. It makes the KV cache, so a machine with too little memory fails now, and not later."""
         step(self.model, self.cache, [0], [[0]])

@@ -489,7 +489,8 @@ def test_cancel_and_deadline(still, folder):
 
 def test_a_call_that_nobody_waits_for(still):
     """It is left out. set_result would raise, and end the thread."""
-    still.start()
+    still.thread = threading.Thread(target=still.work, daemon=True)
+    still.thread.start()
     hold, held = threading.Event(), threading.Event()
     first = still.call(lambda: held.set() or hold.wait(20))
     assert held.wait(20)
@@ -507,7 +508,8 @@ def test_an_error_of_the_engine_itself_leaves_nobody_waiting(still, folder, monk
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     monkeypatch.setattr(still, "advance", lambda: 1 / 0)
     still.submit([job])
-    still.start()
+    still.thread = threading.Thread(target=still.work, daemon=True)
+    still.thread.start()
     wait_for(lambda: job.events)
     assert job.events[-1].finish_reason == "length" and still.stopping
     with pytest.raises(engines.Stopped):
