@@ -554,7 +554,7 @@ def main(argv=None):
     about = hub.config_file(a.model) if a.dry_run else weights.find(a.model) / "config.json"
     bits = a.bits or (weights.stored_bits(about.parent) if about else None) or recorded_bits(adapters) or 32
     # OpenMP gives each thread that computes its own helpers. If all of them are more than the cores, it lets them sleep
-    # between two products, and waking takes as long as a small one. So this thread computes alone, the engine's on all cores.
+    # between two products, and waking takes as long as a small one. So this one computes alone, the engine's on all cores.
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     n_weights, n_cache = predicted(a.model, bits, device, a.slots, length)
