@@ -4,15 +4,13 @@
     curl localhost:8000/v1/chat/completions -d '{"model": "support", "messages": [{"role": "user", "content": "Hello"}]}'
     a browser at http://localhost:8000/       chat, and a blind comparison of two of them
 
-Many requests share each forward of the model, whatever adapters they ask for (serving/engine.py). This file is the way there
-and back: a request's fields are checked (serving/fields.py), its text becomes ids, the ids wait for the engine, and the
-engine's events become the answer (serving/answers.py). docs/serve.md lists the routes and the fields.
+Many requests share each forward of the model, whatever adapters they ask for (serving/engine.py). Here are the routes and
+the command. serving/server.py is the way from a request to its answer. docs/serve.md lists the routes and the fields.
 
 Text becomes ids in one thread of its own, the model has another, and everything else is this thread's event loop.
 """
 import argparse
 import asyncio
-import contextlib
 import datetime
 import errno
 import hmac
@@ -21,9 +19,8 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -34,215 +31,29 @@ if __name__ == "__main__":
 import torch
 import uvicorn
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 import data
 from errors import UserError
 from files import hub, peft_files, weights
-from files.conversations import whole
 from files.json_files import show
-from generate import Reply, lay_out, named, recorded_bits, saved_template
+from generate import lay_out, named, recorded_bits
 from ledger.hollow import Hollow, hollow_model
-from memory import count, human, rss
-from serving.answers import DONE, Answer, sse
-from serving.engine import Busy, Engine, Job, Late, Stopped
-from serving.fields import BadRequest, as_bad_request, check_ids, messages, options, prompts, read_json
+from memory import count, human
+from serving.engine import Busy, Engine, Late, Stopped
+from serving.fields import BadRequest, as_bad_request, below, check_ids, check_vote, options, read_json, whole
+from serving.metrics import prometheus
+from serving.server import Server, as_error, read_body
 from techniques.device import device_of, usable_device
 
-MOST_BYTES = 8 * 2**20  # of a request's body
 PAGE = Path(__file__).resolve().parent / "serving" / "page.html"
 
 
-# ---------------------------------------------------------------------------------------------- the model and its adapters
-
-class Server:
-    """What the routes share: the engine, the tokenizer, who may do what."""
-
-    def __init__(self, args, model, tokenizer):
-        self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.engine = Engine(model, args.slots, args.queue)
-        self.base = args.model if not Path(args.model).is_dir() else Path(args.model).resolve().name
-        self.alone = None  # the name of an adapter that cannot share the model: then the base is not served
-        self.templates = {None: data.load_template("auto", tokenizer)}  # of the base, and of adapters that have their own
-        self.started, self.reader = int(time.time()), ThreadPoolExecutor(1)  # a tokenizer serves one thread
-        self.loading = asyncio.Lock()
-
-    def add(self, name: str, folder: str):
-        """Load an adapter. For use in the engine's thread, or before it starts. Raises UserError."""
-        if name == self.base:
-            raise UserError(f"adapter {name} has the name of the base model; give another name")
-        template = saved_template({name: folder})
-        self.engine.load(name, folder)
-        self.templates[name] = template or self.templates[None]
-
-    def only(self, name: str, folder: str):
-        """The one adapter of a method that cannot share a model (files/method_files.py). Raises UserError."""
-        peft_files.load(self.model, folder)
-        self.alone = name
-        self.templates[name] = saved_template({name: folder}) or self.templates[None]
-
-    def names(self) -> list[str]:
-        return [self.alone] if self.alone else [self.base, *self.engine.adapters]
-
-    def adapter(self, name: str | None):
-        """The adapter that a request names; None for the base model. Raises BadRequest."""
-        if name in (None, self.base, self.args.model, self.alone) and (not self.alone or name in (None, self.alone)):
-            return None
-        if name not in self.engine.adapters:
-            raise BadRequest(f"the model {show(name)} does not exist; there are {', '.join(self.names())}", "model", 404,
-                             "model_not_found")
-        return self.engine.adapters[name]
-
-    def template(self, adapter) -> str:
-        return self.templates[adapter.name if adapter else self.alone]
-
-    # ------------------------------------------------------------------------------------------ text -> ids
-
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """As generate.py --raw, but a special token's name in the text becomes this token: so a client can write a whole
-        chat itself."""
-        t = self.tokenizer
-        return ([t.specials[t.bos]] if bos and t.adds_bos else []) + t.encode(text, specials=True)
-
-    async def read(self, function, *args):
-        """function(*args) in the tokenizer's thread. Raises BadRequest for a UserError."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.reader, function, *args)
-        except UserError as e:
-            raise as_bad_request(e) from None
-
-    async def ids(self, body: dict, adapter, is_chat: bool) -> tuple[list[list[int]], list[str]]:
-        """The prompts of a request as ids, and the text of each, for `echo`. Raises BadRequest."""
-        if is_chat:
-            return [await self.read(data.prompt_ids, messages(body), self.template(adapter), self.tokenizer)], [""]
-        given = prompts(body, self.model.config.vocab_size)
-        ids = [await self.read(self.encode, p) if isinstance(p, str) else p for p in given]
-        return ids, [p if isinstance(p, str) else await self.read(self.tokenizer.decode, p) for p in given]
-
-    # ------------------------------------------------------------------------------------------ a request for replies
-
-    async def reply(self, request: Request, is_chat: bool) -> Response:
-        """/v1/chat/completions and /v1/completions."""
-        body = read_json(await read_body(request))
-        wanted = options(body, is_chat)
-        adapter = self.adapter(wanted.model)
-        prompt_ids, texts = await self.ids(body, adapter, is_chat)
-        most = self.args.slots + self.args.queue
-        if (n := len(prompt_ids) * wanted.n) > most:  # not 429: a client would try again for ever
-            raise BadRequest(f"the request asks for {n} replies; this server takes at most {most} at the same time",
-                             "n" if is_chat else "prompt")
-        events, loop = asyncio.Queue(), asyncio.get_running_loop()
-
-        def emit(number):
-            def put(event):
-                with contextlib.suppress(RuntimeError):  # the loop has ended before the engine
-                    loop.call_soon_threadsafe(events.put_nowait, (number, event))
-            return put
-
-        jobs, config, deadline = [], self.model.config, time.monotonic() + self.args.deadline
-        if any(i >= config.vocab_size for i in wanted.sampling["logit_bias"]):
-            raise BadRequest(f"logit_bias: the model has the token ids 0 to {config.vocab_size - 1}", "logit_bias")
-        try:
-            for ids in prompt_ids:
-                for choice in range(wanted.n):
-                    reply = Reply(config, ids, self.tokenizer, wanted.stop, max_new_tokens=config.n_positions
-                                  if wanted.max_new_tokens is None else wanted.max_new_tokens,
-                                  adapter=adapter and adapter.key, **wanted.of(choice))
-                    jobs.append(Job(reply, emit(len(jobs)), adapter, wanted.top, wanted.echo and wanted.top is not None,
-                                    deadline))
-        except UserError as e:
-            raise as_bad_request(e, "messages" if is_chat else "prompt") from None
-        if len(jobs) > (most := self.args.slots + self.args.queue):
-            raise BadRequest(f"the request asks for {len(jobs)} replies, the server has room for {most} (--slots + --queue)",
-                             "prompt" if len(prompt_ids) > 1 else "n")
-        said = [text if wanted.echo else "" for text in texts for _ in range(wanted.n)]
-        answer = Answer(jobs, wanted, wanted.model or self.names()[0], is_chat, self.tokenizer, said)
-        try:
-            self.engine.submit(jobs)
-        except KeyError:
-            self.adapter(wanted.model)  # it was unloaded meanwhile: says so
-            raise
-        if wanted.stream:
-            return StreamingResponse(self.stream(answer, events), media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        return await self.whole(answer, events, request)
-
-    async def whole(self, answer: Answer, events: asyncio.Queue, request: Request) -> Response:
-        left, looked = len(answer.jobs), time.monotonic()
-        try:
-            while left:
-                if time.monotonic() > looked + 0.5:  # also while tokens come all the time
-                    if await request.is_disconnected():
-                        return Response(status_code=499)  # nobody reads it
-                    looked = time.monotonic()
-                try:
-                    async with asyncio.timeout(0.5):
-                        number, event = await events.get()
-                except TimeoutError:
-                    continue
-                if event.error:
-                    raise event.error
-                answer.take(number, event)
-                left -= event.finish_reason is not None
-            return JSONResponse(answer.whole())
-        finally:
-            self.engine.cancel(answer.jobs)
-
-    async def stream(self, answer: Answer, events: asyncio.Queue):
-        left = len(answer.jobs)
-        try:
-            for chunk in answer.first():
-                yield chunk
-            while left:
-                try:
-                    async with asyncio.timeout(self.args.keep_alive):
-                        number, event = await events.get()
-                except TimeoutError:
-                    yield ": keep-alive\n\n"  # a comment: clients skip it, and proxies see that the connection lives
-                    continue
-                if event.error:
-                    yield sse(as_error(event.error).json()) + DONE
-                    return
-                answer.take(number, event)
-                if chunk := answer.piece(number, event):
-                    yield chunk
-                left -= event.finish_reason is not None
-            yield answer.last()
-        finally:  # also when the client has gone
-            self.engine.cancel(answer.jobs)
-
+# ---------------------------------------------------------------------------------------------- the routes
 
 def is_local(host: str) -> bool:
     return host in ("127.0.0.1", "localhost", "::1", "[::1]")
 
-
-async def read_body(request: Request) -> bytes:
-    """Raises BadRequest (413) for more than MOST_BYTES. It reads on first, or the client would see a broken connection."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= MOST_BYTES:
-            parts.append(part)
-        elif size > 64 * MOST_BYTES:
-            break
-    if size > MOST_BYTES:
-        raise BadRequest(f"the body has more than {human(MOST_BYTES)}", status=413, code="request_too_large")
-    return b"".join(parts)
-
-
-def as_error(e: Exception) -> BadRequest:
-    """An error of the engine -> the answer."""
-    if isinstance(e, BadRequest):
-        return e
-    if isinstance(e, Busy):
-        return BadRequest(str(e), status=429, code="rate_limit_exceeded", kind="rate_limit_error")
-    if isinstance(e, Stopped | Late):
-        return BadRequest(str(e), status=503, code="unavailable", kind="server_error")
-    return BadRequest(str(e) if isinstance(e, UserError | RuntimeError) else "the server failed; its terminal says why",
-                      status=500, code="internal_error", kind="server_error")
-
-
-# ---------------------------------------------------------------------------------------------- the routes
 
 def create_app(server: Server) -> FastAPI:
     args = server.args
@@ -385,60 +196,6 @@ def create_app(server: Server) -> FastAPI:
             return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     return app
-
-
-def check_vote(body: dict, names: list[str]) -> dict:
-    """{"prompt", "a", "b", "replies": {"a", "b"}, "vote": "a" | "b" | "tie"}. Raises BadRequest."""
-    a, b, replies = body.get("a"), body.get("b"), body.get("replies")
-    if a not in names or b not in names or a == b:
-        raise BadRequest(f"a and b must be two of {', '.join(names)}", "a")
-    if body.get("vote") not in ("a", "b", "tie"):
-        raise BadRequest("vote must be a, b or tie", "vote")
-    texts = (body.get("prompt"), *(replies.get(x) if isinstance(replies, dict) else None for x in "ab"))
-    if not all(isinstance(text, str) for text in texts):
-        raise BadRequest("prompt, replies.a and replies.b must be strings", "replies")
-    prompt, *texts = map(whole, texts)  # half a character cannot be written
-    return {"prompt": prompt, "a": a, "b": b, "replies": dict(zip("ab", texts)), "vote": body["vote"]}
-
-
-def below(folder: Path, path: str) -> Path:
-    """The folder that a request may name: below `folder`, without `..` and links on the way. Raises BadRequest."""
-    if "\0" in path or ".." in Path(path).parts or not (place := folder / path).is_relative_to(folder):
-        raise BadRequest(f"lora_path {show(path)} is not below the folder of --allow-loading", "lora_path", 403)
-    steps = [place, *place.parents]
-    try:
-        is_folder = place.is_dir()
-        has_link = any(p.is_symlink() for p in (*steps[:steps.index(folder)], *(place.iterdir() if is_folder else ())))
-    except OSError:  # a name that is too long, a folder that this user may not read
-        is_folder = has_link = False
-    if has_link:
-        raise BadRequest(f"lora_path {show(path)}: links are not followed", "lora_path", 403)
-    if not is_folder:
-        raise BadRequest(f"lora_path {show(path)}: there is no such folder", "lora_path")
-    return place
-
-
-def prometheus(engine: Engine) -> str:
-    """The metrics in Prometheus' text format (version 0.0.4)."""
-    c = engine.counts.copy()  # the engine's thread may add a name meanwhile
-    ends = {kind: n for (_, kind), n in ((k, n) for k, n in c.items() if isinstance(k, tuple))}
-    rows = [("prompt_tokens_total", "counter", "Tokens of prompts that were read.", c["prompt_tokens"]),
-            ("generated_tokens_total", "counter", "Tokens of replies.", c["generated_tokens"]),
-            ("forwards_total", "counter", "Forwards of the model.", c["forwards"]),
-            ("requests_running", "gauge", "Replies that have a slot.", len(engine.running)),
-            ("requests_waiting", "gauge", "Replies that wait for a slot.", len(engine.waiting)),
-            ("slots", "gauge", "Slots of the KV cache.", engine.n_slots),
-            ("adapters", "gauge", "LoRA adapters that are loaded.", len(engine.adapters)),
-            ("kv_cache_bytes", "gauge", "Memory of the KV cache.", engine.cache.nbytes),
-            ("resident_bytes", "gauge", "Memory of the process.", rss())]
-    text = "".join(f"# HELP bytewise_{name} {about}\n# TYPE bytewise_{name} {kind}\nbytewise_{name} {value}\n"
-                   for name, kind, about, value in rows)
-    text += ("# HELP bytewise_first_token_seconds From a request to its first token.\n"
-             "# TYPE bytewise_first_token_seconds summary\n"
-             f"bytewise_first_token_seconds_sum {c['first_token_seconds']}\n"
-             f"bytewise_first_token_seconds_count {c['first_tokens']}\n")
-    text += "# HELP bytewise_requests_total Replies that ended, and how.\n# TYPE bytewise_requests_total counter\n"
-    return text + "".join(f'bytewise_requests_total{{end="{kind}"}} {n}\n' for kind, n in sorted(ends.items()))
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -9,6 +9,7 @@ import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from errors import UserError
 from files.conversations import whole
@@ -252,3 +253,36 @@ def check_ids(name: str, ids, vocab_size: int):
 def as_bad_request(e: UserError, param: str | None = None) -> BadRequest:
     """An error of the parts that the commands share: a prompt that is too long, a template that fails."""
     return BadRequest(str(e), param, code="context_length_exceeded" if "positions" in str(e) else None)
+
+
+# ---------------------------------------------------------------------------------------------- other requests
+
+def check_vote(body: dict, names: list[str]) -> dict:
+    """{"prompt", "a", "b", "replies": {"a", "b"}, "vote": "a" | "b" | "tie"}. Raises BadRequest."""
+    a, b, replies = body.get("a"), body.get("b"), body.get("replies")
+    if a not in names or b not in names or a == b:
+        raise BadRequest(f"a and b must be two of {', '.join(names)}", "a")
+    if body.get("vote") not in ("a", "b", "tie"):
+        raise BadRequest("vote must be a, b or tie", "vote")
+    texts = (body.get("prompt"), *(replies.get(x) if isinstance(replies, dict) else None for x in "ab"))
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRequest("prompt, replies.a and replies.b must be strings", "replies")
+    prompt, *texts = map(whole, texts)  # half a character cannot be written
+    return {"prompt": prompt, "a": a, "b": b, "replies": dict(zip("ab", texts)), "vote": body["vote"]}
+
+
+def below(folder: Path, path: str) -> Path:
+    """The folder that a request may name: below `folder`, without `..` and links on the way. Raises BadRequest."""
+    if "\0" in path or ".." in Path(path).parts or not (place := folder / path).is_relative_to(folder):
+        raise BadRequest(f"lora_path {show(path)} is not below the folder of --allow-loading", "lora_path", 403)
+    steps = [place, *place.parents]
+    try:
+        is_folder = place.is_dir()
+        has_link = any(p.is_symlink() for p in (*steps[:steps.index(folder)], *(place.iterdir() if is_folder else ())))
+    except OSError:  # a name that is too long, a folder that this user may not read
+        is_folder = has_link = False
+    if has_link:
+        raise BadRequest(f"lora_path {show(path)}: links are not followed", "lora_path", 403)
+    if not is_folder:
+        raise BadRequest(f"lora_path {show(path)}: there is no such folder", "lora_path")
+    return place

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import lora  # noqa: E402
 from files import weights  # noqa: E402
 from ledger import ask  # noqa: E402
 from techniques.device import CPU, Device, device_of, pretend  # noqa: E402
@@ -57,6 +58,15 @@ def make_folder(path, family="gpt2", seed=0, **overrides):
         shutil.copy(NANO / f, path / f)
     weights.save(randomise(weights.from_scratch(path), seed), path)
     return path
+
+
+def adapted(folder, seed, bits=32, method=lora, **options):
+    """A model with a random adapter. With B = 0 it would change nothing."""
+    model, rng = method.inject(weights.load(folder, bits=bits), **options), torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=1 / p.shape[-1] ** 0.5, generator=rng)
+    return model
 
 
 def make_data(path, n=40):

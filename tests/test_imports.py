@@ -17,7 +17,7 @@ FLOORS = [{"errors", "terminal"}, {"techniques"}, {*MODELS, "lora", "memory"}, {
 # Few files import from a command: train.py, the comparison and the server take generate.py's sampling, and a run can end
 # with a comparison; the prediction and the bench of a GPU run the training step, the fault campaign whole commands.
 FROM_COMMANDS = {("train", "generate"), ("train", "compare"), ("compare", "generate"), ("run.comparison", "generate"),
-                 ("serve", "generate"), ("serving.engine", "generate"),
+                 ("serve", "generate"), ("serving.engine", "generate"), ("serving.server", "generate"),
                  ("ledger.predict", "train"), ("bench.gpu_claims", "train"),
                  ("bench.fault_base", "train"), ("bench.faults", "train"), ("bench.faults", "generate"),
                  ("bench.methods", "train"), ("bench.serving", "generate")}

@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, make_folder
+from conftest import ROOT, adapted, make_folder
 
 import data
 import generate
-import lora
 import serve
 from errors import UserError
 from files import peft_files, weights
@@ -38,15 +37,6 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # A random model's 4,096 tokens are all about as likely, so rounding would change a draw now and then. Among 20 it does not.
 DRAW = {"temperature": 1.0, "top_p": 1.0, "top_k": 20}
 POSITIONS = {"gpt2": "n_positions", "llama": "max_position_embeddings"}
-
-
-def adapted(folder, seed, method=lora, **more):
-    """A model with a random adapter. With B = 0 it would change nothing."""
-    model, rng = method.inject(weights.load(folder), **more), torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=1 / p.shape[-1] ** 0.5, generator=rng)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -726,7 +716,7 @@ def test_loading_is_off_without_the_option(live, loading):
 def test_adapters_that_cannot_share_are_served_alone(method, place, folder):
     tokenizer = reference(folder)[1]
     out = place / "gpt2-adapters" / method.__name__.rpartition(".")[2]
-    peft_files.save(adapted(folder, 7, method), out)
+    peft_files.save(adapted(folder, 7, method=method), out)
     live = Live("--model", folder, "--adapter", out, "--slots", 2)
     try:
         model = peft_files.load(weights.load(folder), out).eval()

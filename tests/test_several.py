@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_folder
+from conftest import adapted, make_folder
 
 import generate
 import lora
@@ -20,15 +20,6 @@ FAMILIES = ["gpt2", "llama", "phi"]
 OUT, IN = {"gpt2": "c_proj", "llama": "down_proj", "phi": "fc2"}, {"gpt2": "c_attn", "llama": "k_proj", "phi": "k_proj"}
 IDS = torch.randint(4096, (6, 11), generator=torch.Generator().manual_seed(1))
 MIX = ["a", None, "b", "c", "a", "b"]
-
-
-def adapted(folder, seed, bits=32, method=lora, **options):
-    """A model with a random adapter. With B = 0 it would change nothing."""
-    model, rng = method.inject(weights.load(folder, bits=bits), **options), torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=1 / p.shape[-1] ** 0.5, generator=rng)
-    return model
 
 
 @pytest.fixture(scope="module")
