@@ -6,6 +6,8 @@ The T x T matrix of weights is never stored: PyTorch's kernel works through it i
 arXiv:2205.14135) and keeps q, k, v, y and one float per row for backward. GPT-2 124M, 4 x 1024 tokens: the matrices
 would be 4 * 12 heads * 1024^2 * 4 bytes = 201 MB in each of its 12 layers.
 """
+from contextlib import nullcontext
+
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -28,20 +30,14 @@ def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool 
     float32 (phi.py needs this); the result is 16 bit again.
     """
     if isinstance(mask, list):
-        B, H, T, D = q.shape
-        q, y = q.transpose(0, 1).reshape(1, H, B * T, D), []
-        for rows, tokens, slots, S, its_mask in mask:  # several rows have one token each
-            x = q[:, :, tokens].transpose(0, 2) if rows > 1 else q[:, :, tokens]
-            x = attend(x, k[slots, :, :S], v[slots, :, :S], None, its_mask, float32)
-            y.append(x.transpose(0, 2) if rows > 1 else x)
-        return (y[0] if len(y) == 1 else torch.cat(y, 2)).reshape(H, B, T, D).transpose(0, 1)
+        return attend_texts(q.float(), k, v, mask).to(q.dtype) if float32 else attend_texts(q, k, v, mask)
     if q.dtype != torch.float32:
         trained = mask is None and (q.requires_grad or k.requires_grad or v.requires_grad)
         if trained and (float32 or device_of(q.device).float32_backward):
             return Float32Backward.apply(q, k, v, segments, float32)
         if float32:
             return attend(q.float(), k.float(), v.float(), segments, mask if mask is None else mask.float()).to(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):  # q, k and v already have the right type
+    with no_autocast(q.device.type):  # q, k and v already have the right type
         gqa = q.shape[1] != k.shape[1]
         if gqa and not device_of(q.device).reads_groups(q.dtype):  # or PyTorch would store the T x T matrices
             n, gqa = q.shape[1] // k.shape[1], False
@@ -51,6 +47,28 @@ def attend(q, k, v, segments: list[int] | None = None, mask=None, float32: bool 
         longer = [t + (k.shape[2] - q.shape[2]) // len(segments) for t in segments]
         pieces = zip(q.split(segments, 2), k.split(longer, 2), v.split(longer, 2), strict=True)
         return torch.cat([one_text(*qkv, None, gqa) for qkv in pieces], 2)
+
+
+def attend_texts(q, k, v, texts: list):
+    """q (B, H, T, D) over the texts of a KV cache, k and v (slots, K, max_length, D) -> (B, H, T, D)."""
+    B, H, T, D = q.shape
+    K, q, y = k.shape[1], q.transpose(1, 2).reshape(B * T, H, D), []
+    for rows, tokens, slots, S, mask in texts:
+        x, its_k, its_v = q[tokens], k[slots, :, :S].to(q.dtype), v[slots, :, :S].to(q.dtype)
+        mask = mask if mask is None else mask.to(q.dtype)
+        if len(x) > rows:
+            y.append(attend(x.transpose(0, 1)[None], its_k, its_v, None, mask)[0].transpose(0, 1))
+            continue
+        with no_autocast(q.device.type):
+            # The H / K heads of a group see the same places: they are H / K queries of one head, which reads k and v once.
+            x = scaled_dot_product_attention(x.view(rows, K, -1, D), its_k, its_v, mask, is_causal=False)
+        y.append(x.reshape(rows, H, D))
+    return (y[0] if len(y) == 1 else torch.cat(y)).view(B, T, H, D).transpose(1, 2)
+
+
+def no_autocast(device: str):
+    """(To enter autocast takes 5 us: as much as a small product.)"""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def one_text(q, k, v, mask, gqa: bool):
