@@ -42,6 +42,7 @@ class Device:
     optimizer_chunk: int = 2**22  # elements of a chunk of an 8-bit optimizer (optim.py): 16.8 MB in float32
     nf4_chunk: int = 2**22  # 4-bit weights that quant.py dequantises at the same time: 8 bytes each
     rms_norm_kernel: bool = False  # F.rms_norm is one kernel, in forward and in backward (llama.py)
+    product_blocks: bool = False  # a product of 4 to 15 rows is faster in blocks of the matrix (few_rows.py)
     nf4_kernel: Callable | None = None  # dequantises 4-bit weights in one pass (nf4_triton.py); None: quant.py does it
     # How many of many equal pieces of work are run; the others are skipped. None: run all. Only the prediction sets
     # it: it computes nothing, and three pieces (one in use, one that arrives, one that leaves) need as much memory as
@@ -73,7 +74,8 @@ class Device:
     def room(self, name: tuple, n: int, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """The first `n` elements of the room `name`. `make(n)` makes the room when it is missing or too small."""
         if name not in self.rooms or len(self.rooms[name]) < n:
-            self.rooms[name] = make(n)
+            with torch.inference_mode(False):  # or training could not write into a room that generation made
+                self.rooms[name] = make(n)
         return self.rooms[name][:n]
 
 
@@ -104,7 +106,9 @@ def detect(device: torch.device) -> Device:
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
         # A GPU that is predicted and not here: the usual answers.
         return Device(device.type, nf4_kernel=hollow_nf4 if device.type == "cuda" else None)
-    half, answers = torch.bfloat16, CPU if device.type == "cpu" else {}
+    half, answers = torch.bfloat16, {}
+    if device.type == "cpu":
+        answers = {**CPU, "product_blocks": torch.backends.cpu.get_cpu_capability().startswith("AVX512")}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # what asks no device asks the current one
         if device.type == "cuda":
             generation, _ = torch.cuda.get_device_capability(device)  # 7: Volta, Turing; 8: Ampere, Ada; 9: Hopper

@@ -103,7 +103,7 @@ class KVCache:
                 (_, _, slot, S, _), = self.texts
                 kept[slot, :, S - new.shape[2]:S] = new
             else:
-                kept[self.target[0], :, self.target[1]] = new.transpose(1, 2).flatten(0, 1)  # (B * T, K, D)
+                kept.view(-1, kept.shape[-1]).index_copy_(0, self.target, new.transpose(1, 2).reshape(-1, kept.shape[-1]))
         if layer == self.n_layer - 1:  # the tokens count when every layer has added them
             for slot, end in self.ends.items():
                 self.lengths[slot] = end
@@ -115,7 +115,8 @@ class KVCache:
             K, D = like.shape[-3], like.shape[-1]
             shape = (len(self.lengths), K, self.max_length, D)
             try:  # zeros: places beyond a row's length have the weight 0, but 0 * nan = nan
-                self.k[layer], self.v[layer] = like.new_zeros(shape), like.new_zeros(shape)
+                with torch.inference_mode(False):  # outside of this mode, `release` could not change its tensors
+                    self.k[layer], self.v[layer] = like.new_zeros(shape), like.new_zeros(shape)
             except RuntimeError:
                 raise UserError(f"the KV cache ({shape[0]} slots of {shape[2]} tokens) does not fit into memory; use a "
                                 f"smaller --batch-size or --max-new-tokens") from None
@@ -132,7 +133,7 @@ class KVCache:
         texts: a list of (rows, tokens, slots, S, mask). The queries of `tokens`, as (rows, H, tokens / rows, D), see the
         first S places of `slots`, as far as the mask says.
         """
-        (B, _, T, _), device = k.shape, k.device
+        (B, K, T, _), device = k.shape, k.device
         slots, counts, start = self.slots or list(range(B)), self.counts or [T] * B, self.starts(B)
         self.ends = {slot: a + n for slot, a, n in zip(slots, start, counts)}
         if max(self.ends.values()) > self.max_length:
@@ -147,9 +148,9 @@ class KVCache:
                                seen(start[b:end], counts[b], S, k)))
             at, b = at + n, end
         self.target = None  # a slice is faster to write than places one by one
-        if len(slots) > 1:
-            self.target = torch.tensor([(slot, a + t) for slot, a, n in zip(slots, start, counts) for t in range(n)],
-                                       device=device).T
+        if len(slots) > 1:  # the places of the new rows of D numbers, token by token and head by head
+            self.target = torch.tensor([(slot * K + head) * self.max_length + a + t for slot, a, n in
+                                        zip(slots, start, counts) for t in range(n) for head in range(K)], device=device)
 
     def release(self, slot: int):
         """Forget a slot's tokens: another conversation can have it. A nan that it holds must not reach that one."""
