@@ -200,8 +200,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if not torch.is_grad_enabled() and x.dtype == self.weight.dtype == torch.float32:
-            # The same in 6 calls without a record: a third of the time for one token (SmolLM2-135M: 61 norms a token)
-            r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+            # The same in 6 calls without a record: a quarter of the time for one token (SmolLM2-135M: 61 norms a token)
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            r = torch.full((), self.eps, device=x.device).addcmul(norm, norm, value=1 / x.shape[-1]).rsqrt_()
             return (x * r).mul_(self.weight)
         if device_of(x.device).rms_norm_kernel and x.dtype == self.weight.dtype:  # it keeps the same: x and r
             with torch.autocast(x.device.type, enabled=False):  # autocast would make a float32 copy of x
