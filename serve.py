@@ -37,7 +37,7 @@ import data
 from errors import UserError
 from files import hub, peft_files, weights
 from files.json_files import show
-from generate import lay_out, named, recorded_bits
+from generate import named, recorded_bits
 from ledger.hollow import Hollow, hollow_model
 from memory import count, human
 from serving.engine import Busy, Engine, Late, Stopped
@@ -45,6 +45,7 @@ from serving.fields import BadRequest, as_bad_request, below, check_ids, check_v
 from serving.metrics import prometheus
 from serving.server import Server, as_error, read_body
 from techniques.device import device_of, usable_device
+from techniques.few_rows import for_few_rows
 
 PAGE = Path(__file__).resolve().parent / "serving" / "page.html"
 
@@ -212,7 +213,7 @@ def predicted(name: str, bits: int, device: str, slots: int, length: int) -> tup
 def load(args, adapters: dict[str, str], bits: int, device: str, length: int) -> Server:
     """The server with its model, its adapters, and room for its KV cache. Raises UserError."""
     model = weights.load(args.model, bits=bits, device=device)
-    lay_out(model)
+    for_few_rows(model)
     model.config.n_positions = length
     server = Server(args, model, data.load_tokenizer(args.model))
     for name, folder in adapters.items():

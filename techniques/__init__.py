@@ -8,6 +8,7 @@
     half           weights in 16 bit on a device that multiplies float32 faster
     lora_init      where an adapter starts
     kv_cache       the keys and values of earlier tokens, for many conversations at once
+    few_rows       products for a reply's next token, at the speed of memory
     sampling       from logits to the next token
     device         what this machine is good at
 """
