@@ -38,7 +38,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, rng: torch.Generato
         ids, added = torch.tensor(list(logit_bias)), torch.tensor([float(x) for x in logit_bias.values()])
         logits = logits.index_add(0, ids.to(logits.device), added.to(logits.device))
     if temperature < 1e-5:  # (logits / temperature must not overflow)
-        return int((logits == logits.max()).nonzero()[0])  # (argmax takes 100 us for 49,152 logits on a CPU, this 30 us)
+        return int(logits.cpu().numpy().argmax())  # (10 us for 49,152 logits; torch.argmax takes 100 us on a CPU)
     p, ids = candidates(logits, temperature, top_p, top_k, min_p)
     total = p.cpu().double().cumsum(-1)  # one uniform number for each token: the place where it falls among the sums
     u = torch.rand((), generator=rng, dtype=torch.float64) * total[-1]
