@@ -169,6 +169,8 @@ def route(model: nn.Module, adapters: list, segments: list[int] | None = None, d
     segments: the lengths in a packed row, whose i-th example goes through adapters[i] (padding has none). It holds until the
     next call, because backward may compute a layer again (techniques/recompute.py).
     """
+    if not hasattr(model, "routing") and not any(adapters):
+        return
     found: dict[str, list[int]] = {}
     starts = [0]
     for n in segments or ():
