@@ -4,11 +4,12 @@
 
     one stream           one client, one reply; transformers: one row
     8 clients            eight replies at the same time; transformers: a batch of eight rows of one length, its best case
-    one after the other  the same eight replies, each begun when the last has ended
+    one after the other  the same eight replies, each begun when the last has ended: eight times one stream
     first token          of a prompt of 300 words while four others stream, beside the forward of this prompt alone
 
-All take turns, --repeat times, because a shared machine is faster in one minute than in the next. A speed is the median, and
-a ratio the median of the ratios within a turn. The text is the same: the greedy tokens of both programs are compared too.
+A shared machine is faster in one second than in the next. So both programs alternate, 8 times for one row, 4 times for eight
+rows, and 4 times for the long prompt; their mean times are one turn of --repeat. A speed is the median of the turns, and a
+ratio the median of the ratios within a turn. The text is the same: the greedy tokens of both programs are compared too.
 """
 import argparse
 import json
@@ -77,6 +78,12 @@ class Client:
         return time.perf_counter() - start
 
 
+def seconds(job, *args) -> float:
+    start = time.perf_counter()
+    job(*args)
+    return time.perf_counter() - start
+
+
 def first_token(client: Client, banned: list[int]) -> float:
     """Seconds until the first token of the long prompt, while four others stream."""
     ready = threading.Semaphore(0)
@@ -109,25 +116,23 @@ def rows(model: str, n: int, repeat: int) -> list[dict]:
         return found[0, len(ids):].tolist()
 
     def bare():
-        with torch.no_grad():
-            generate.step(ours, KVCache(ours.config, len(long_ids), 1), [0], [long_ids])
+        generate.step(ours, KVCache(ours.config, len(long_ids), 1), [0], [long_ids])
 
     found = []
     with Client(model) as client:
         if "".join(client.complete(PROMPT, n, banned)) != tokenizer.decode(theirs(1)):
             print("note: the greedy texts differ", file=sys.stderr)
+        rivals = [(8, {"transformers, one row": lambda: seconds(theirs, 1),
+                       "one stream": lambda: client.together([PROMPT], n, banned)}),
+                  (4, {"transformers, batch of 8": lambda: seconds(theirs, 8),
+                       "8 clients": lambda: client.together([PROMPT] * 8, n, banned)}),
+                  (4, {"forward of the long prompt": lambda: seconds(bare),
+                       "first token beside 4 streams": lambda: first_token(client, banned)})]
         for turn in range(repeat):
-            jobs = {"transformers, one row": lambda: theirs(1), "one stream": lambda: client.complete(PROMPT, n, banned),
-                    "transformers, batch of 8": lambda: theirs(8),
-                    "8 clients": lambda: client.together([PROMPT] * 8, n, banned),
-                    "one after the other": lambda: [client.complete(PROMPT, n, banned) for _ in range(8)],
-                    "forward of the long prompt": bare}
             row = {}
-            for name, job in jobs.items():
-                start = time.perf_counter()
-                job()
-                row[name] = time.perf_counter() - start
-            row["first token beside 4 streams"] = first_token(client, banned)
+            for times, jobs in rivals:
+                for name, job in [*jobs.items()] * times:
+                    row[name] = row.get(name, 0) + job() / times
             found.append(row)
             print(f"turn {turn + 1}/{repeat}: " + ", ".join(f"{k} {v:.2f} s" for k, v in row.items()), flush=True)
     return found
@@ -145,7 +150,7 @@ def table(found: list[dict], n: int) -> str:
              f"{ratio('transformers, one row', 'one stream'):.2f} |",
              f"| 8 clients; a batch of 8 | {8 * n / median('8 clients'):.1f} | {batch:.1f} | "
              f"{ratio('transformers, batch of 8', '8 clients'):.2f} |", "",
-             f"8 clients together are {ratio('one after the other', '8 clients'):.2f} times as fast as one after the other. "
+             f"8 clients together are {8 * ratio('one stream', '8 clients'):.2f} times as fast as one after the other. "
              f"The first token of a prompt of 300 words comes after {median('first token beside 4 streams'):.2f} s while 4 "
              f"others stream; the forward of this prompt alone takes {median('forward of the long prompt'):.2f} s (ratio "
              f"{ratio('first token beside 4 streams', 'forward of the long prompt'):.2f})."]
