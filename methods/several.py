@@ -179,6 +179,6 @@ def route(model: nn.Module, adapters: list, segments: list[int] | None = None, d
         for name in (which,) if isinstance(which, str) else which or ():
             check_known(model, name)
             found.setdefault(name, []).extend(range(starts[i], starts[i + 1]) if segments else [i])
-    routing, device = getattr(model, "routing", Routing()), device or next(model.parameters()).device
-    routing.rows = {name: torch.tensor(rows, device=device) for name, rows in found.items()}
-    routing.dim = 1 if segments else 0
+    device = device or next(model.parameters()).device
+    model.routing.rows = {name: torch.tensor(rows, device=device) for name, rows in found.items()}
+    model.routing.dim = 1 if segments else 0

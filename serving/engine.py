@@ -175,7 +175,6 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ adapters (use `call`)
 
-    @torch.no_grad()
     def warm_up(self):
         """A forward of one token. It makes the KV cache, so a machine with too little memory fails now, and not later."""
         step(self.model, self.cache, [0], [[0]])

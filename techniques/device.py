@@ -42,7 +42,7 @@ class Device:
     optimizer_chunk: int = 2**22  # elements of a chunk of an 8-bit optimizer (optim.py): 16.8 MB in float32
     nf4_chunk: int = 2**22  # 4-bit weights that quant.py dequantises at the same time: 8 bytes each
     rms_norm_kernel: bool = False  # F.rms_norm is one kernel, in forward and in backward (llama.py)
-    product_blocks: bool = False  # a product of 4 to 15 rows is faster in blocks of the matrix (few_rows.py)
+    product_blocks: bool = False  # a product of few rows is faster in blocks of the matrix (few_rows.py)
     nf4_kernel: Callable | None = None  # dequantises 4-bit weights in one pass (nf4_triton.py); None: quant.py does it
     # How many of many equal pieces of work are run; the others are skipped. None: run all. Only the prediction sets
     # it: it computes nothing, and three pieces (one in use, one that arrives, one that leaves) need as much memory as
