@@ -7,9 +7,9 @@
     one after the other  the same eight replies, each begun when the last has ended: eight times one stream
     first token          of a prompt of 300 words while four others stream, beside the forward of this prompt alone
 
-A shared machine is faster in one second than in the next. So both programs alternate, 8 times for one row, 4 times for eight
-rows, and 4 times for the long prompt; their mean times are one turn of --repeat. A speed is the median of the turns, and a
-ratio the median of the ratios within a turn. The text is the same: the greedy tokens of both programs are compared too.
+A shared machine is faster in one second than in the next. So all jobs alternate, each 6 times; their mean times are one turn
+of --repeat. A speed is the median of the turns, and a ratio the median of the ratios within a turn. The text is the same: the
+greedy tokens of both programs are compared too.
 """
 import argparse
 import json
@@ -122,17 +122,16 @@ def rows(model: str, n: int, repeat: int) -> list[dict]:
     with Client(model) as client:
         if "".join(client.complete(PROMPT, n, banned)) != tokenizer.decode(theirs(1)):
             print("note: the greedy texts differ", file=sys.stderr)
-        rivals = [(8, {"transformers, one row": lambda: seconds(theirs, 1),
-                       "one stream": lambda: client.together([PROMPT], n, banned)}),
-                  (4, {"transformers, batch of 8": lambda: seconds(theirs, 8),
-                       "8 clients": lambda: client.together([PROMPT] * 8, n, banned)}),
-                  (4, {"forward of the long prompt": lambda: seconds(bare),
-                       "first token beside 4 streams": lambda: first_token(client, banned)})]
+        jobs = {"transformers, one row": lambda: seconds(theirs, 1),
+                "one stream": lambda: client.together([PROMPT], n, banned),
+                "8 clients": lambda: client.together([PROMPT] * 8, n, banned),
+                "transformers, batch of 8": lambda: seconds(theirs, 8),
+                "forward of the long prompt": lambda: seconds(bare),
+                "first token beside 4 streams": lambda: first_token(client, banned)}
         for turn in range(repeat):
-            row = {}
-            for times, jobs in rivals:
-                for name, job in [*jobs.items()] * times:
-                    row[name] = row.get(name, 0) + job() / times
+            row = dict.fromkeys(jobs, 0)
+            for name, job in [*jobs.items()] * 6:
+                row[name] += job() / 6
             found.append(row)
             print(f"turn {turn + 1}/{repeat}: " + ", ".join(f"{k} {v:.2f} s" for k, v in row.items()), flush=True)
     return found
