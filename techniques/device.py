@@ -108,7 +108,7 @@ def detect(device: torch.device) -> Device:
         return Device(device.type, nf4_kernel=hollow_nf4 if device.type == "cuda" else None)
     half, answers = torch.bfloat16, {}
     if device.type == "cpu":
-        answers = {**CPU, "product_blocks": torch.backends.cpu.get_cpu_capability().startswith("AVX512")}
+        answers = {**CPU, "product_blocks": torch.backends.cpu.get_cpu_capability().startswith("AVX")}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # what asks no device asks the current one
         if device.type == "cuda":
             generation, _ = torch.cuda.get_device_capability(device)  # 7: Volta, Turing; 8: Ampere, Ada; 9: Hopper
