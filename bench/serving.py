@@ -8,8 +8,8 @@
     first token          of a prompt of 300 words while four others stream, beside the forward of this prompt alone
 
 A shared machine is faster in one second than in the next. So all jobs alternate, each 6 times; their mean times are one turn
-of --repeat. A speed is the median of the turns, and a ratio the median of the ratios within a turn. The text is the same: the
-greedy tokens of both programs are compared too.
+of --repeat. A speed is the median of the turns, and a ratio the median of the ratios within a turn. The text is the same:
+the greedy tokens of both programs are compared too.
 """
 import argparse
 import json
