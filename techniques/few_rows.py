@@ -4,10 +4,10 @@ Such a product should take the time to read W once. F.linear hands it to MKL, wh
 All 211 matrices of SmolLM2-135M (538 MB) on 2 cores of a Xeon, in ms:
 
     rows                       1     2     4     8    15    16
-    AVX-512      F.linear     26    29    45    63    84    76
-                 here         24    30    40    54    65    77
-    AVX2 alone   F.linear     27    52    56    71    85    70
-                 here         24    39    45    62    81    68
+    AVX-512      F.linear     27    29    46    57    75    73
+                 here         25    31    40    46    55    73
+    AVX2 alone   F.linear     30    41    44    68    80    69
+                 here         27    34    35    58    72    71
 
 * One row: a product of a matrix and a vector.
 * A matrix that is much taller than wide (SwiGLU's gate and up, the head) is stored column by column: then a core reads
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from techniques.device import device_of
 
 COLUMNS = 32  # of W, in a block
-MOST_SUMS = 2**20  # partial sums that exist at the same time: 4 MB
+MOST_SUMS = 2**19  # partial sums that exist at the same time: 2 MB
 
 
 class FewRows(nn.Linear):
@@ -48,13 +48,8 @@ def column_blocks(x, W):
     W = (W1, W2, ...) and x = (x1, x2, ...), 32 columns each: y = x1 W1^T + x2 W2^T + ..."""
     rows, out = len(x), len(W)
     x, W = x.view(rows, -1, COLUMNS).transpose(0, 1), W.t().view(-1, COLUMNS, out)  # (blocks, rows, 32), (blocks, 32, out)
-    y, step = x.new_empty(rows, out), MOST_SUMS // (len(x) * rows)
-    room = device_of("cpu").room(("few rows",), MOST_SUMS, lambda n: torch.empty(n))  # new memory would take as long again
-    for a in range(0, out, step):
-        part = W[:, :, a:a + step]
-        sums = room[:len(x) * rows * part.shape[2]].view(len(x), rows, -1)
-        torch.sum(torch.bmm(x, part, out=sums), 0, out=y[:, a:a + step])
-    return y
+    y = [torch.bmm(x, part).sum(0) for part in W.split(MOST_SUMS // (len(x) * rows), 2)]  # the head is in several parts
+    return y[0] if len(y) == 1 else torch.cat(y, 1)
 
 
 def for_few_rows(model):
