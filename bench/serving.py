@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "The history of the town begins with a river, a mill and three families who came from the north."
 WORDS = "the old mill by the river was sold to a family from the north who kept bees and wrote about the weather".split()
 LONG = " ".join(WORDS[i % len(WORDS)] for i in range(300))
+TIMES = 6  # that each job runs in a turn
 
 
 class Client:
@@ -130,8 +131,8 @@ def rows(model: str, n: int, repeat: int) -> list[dict]:
                 "first token beside 4 streams": lambda: first_token(client, banned)}
         for turn in range(repeat):
             row = dict.fromkeys(jobs, 0)
-            for name, job in [*jobs.items()] * 6:
-                row[name] += job() / 6
+            for name, job in [*jobs.items()] * TIMES:
+                row[name] += job() / TIMES
             found.append(row)
             print(f"turn {turn + 1}/{repeat}: " + ", ".join(f"{k} {v:.2f} s" for k, v in row.items()), flush=True)
     return found

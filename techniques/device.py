@@ -108,6 +108,7 @@ def detect(device: torch.device) -> Device:
         return Device(device.type, nf4_kernel=hollow_nf4 if device.type == "cuda" else None)
     half, answers = torch.bfloat16, {}
     if device.type == "cpu":
+        # AVX2 or AVX512; of other CPUs nobody has measured it
         answers = {**CPU, "product_blocks": torch.backends.cpu.get_cpu_capability().startswith("AVX")}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # what asks no device asks the current one
         if device.type == "cuda":

@@ -13,7 +13,8 @@ All 211 matrices of SmolLM2-135M (538 MB) on 2 cores of a Xeon, in ms:
 * A matrix that is much taller than wide (SwiGLU's gate and up, the head) is stored column by column: then a core reads
   several columns at the same time, and memory gives 26 GB/s instead of 20.
 * 2 to 15 rows of such a matrix: blocks of W that stay in a core's cache while all rows of x meet them. One batched product
-  computes them all, and each core takes whole blocks. The other matrices gain nothing by blocks.
+  computes them all, and each core takes whole blocks. The other matrices gain nothing by blocks. device.py says whether
+  this CPU does.
 """
 import torch
 from torch import nn

@@ -7,7 +7,7 @@ from torch import nn
 import generate
 from files import weights
 from techniques import few_rows
-from techniques.device import CPU, Device, device_of, pretend
+from techniques.device import CPU, Device, detect, device_of, pretend
 
 # (in, out): whether the matrix is stored by columns, and whether it can then be cut into blocks
 SIZES = {(64, 640): (True, True), (50, 640): (True, False), (64, 64): (False, False), (128, 64): (False, False),
@@ -46,6 +46,12 @@ def test_blocks_are_used_where_they_are_faster(monkeypatch):
         assert seen == [2, 3, 15]
         layer(torch.randn(1, 8, 64)).sum().backward()  # with gradients it is F.linear
         assert len(seen) == 3 and layer.weight.grad.shape == (640, 64)
+
+
+@pytest.mark.parametrize("capability, product_blocks", [("AVX512", True), ("AVX2", True), ("DEFAULT", False)])
+def test_which_cpus_use_blocks(capability, product_blocks, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert detect(torch.device("cpu")).product_blocks == product_blocks
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi"])
